@@ -1,0 +1,1 @@
+"""The `skynet` command: parse, call one library function, print. No logic."""

@@ -1,0 +1,1 @@
+"""Decides: membership, planner, scheduler, state store."""

@@ -1,0 +1,1 @@
+"""Does: agent, stage runtime, collectives, KV cache, sampler."""
