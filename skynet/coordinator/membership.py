@@ -1,0 +1,105 @@
+"""Who is in the swarm right now: pure bookkeeping of workers, their leases and what they said of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from skynet.protocol.ids import WorkerId
+from skynet.protocol.messages import Join, LoadProgress, PeerInfo
+from skynet.protocol.profile import LinkProfile, WorkerProfile
+
+MAX_LINKS = 4096  # measured links we remember
+
+
+class WorkerState(Enum):
+    """What a member may be given."""
+
+    READY = auto()  # may hold shards
+    DRAINING = auto()  # finishes what it holds, takes nothing new
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker of the swarm. Changed by Membership alone."""
+
+    worker_id: WorkerId
+    join: Join
+    curve_key: bytes
+    seen_host: str  # the address its connection came from
+    last_heard: float
+    state: WorkerState = WorkerState.READY
+    memory_used_bytes: int = 0
+    steps_done: int = 0
+    loading: LoadProgress | None = None
+    unfit_reason: str | None = None  # why it couldn't hold its shard; taken back when it rejoins
+    bad_chunks: int = 0  # how often a peer caught it sending bytes that don't match their hash
+
+    @property
+    def peer_info(self) -> PeerInfo:
+        """How its peers reach it: its own addresses first, then the one we saw."""
+        hosts = tuple(dict.fromkeys((*self.join.hosts, self.seen_host)))
+        return PeerInfo(
+            peer_id=self.worker_id,  # type: ignore[arg-type]  # a worker id is the peer id of a worker
+            curve_key=self.curve_key,
+            hosts=hosts,
+            data_port=self.join.data_port,
+            bulk_port=self.join.bulk_port,
+        )
+
+
+@dataclass(slots=True)
+class Membership:
+    """The table of members. A worker is in it from its Join until it leaves, is lost, or lets its lease run out."""
+
+    lease_s: float = 4.0
+    members: dict[WorkerId, Member] = field(default_factory=dict)
+    links: dict[tuple[WorkerId, WorkerId], LinkProfile] = field(default_factory=dict)
+
+    def join(self, worker_id: WorkerId, join: Join, curve_key: bytes, seen_host: str, now: float) -> Member:
+        """Add a worker, or replace what an earlier process of the same worker said."""
+        member = Member(worker_id=worker_id, join=join, curve_key=curve_key, seen_host=seen_host, last_heard=now)
+        self.members[worker_id] = member
+        return member
+
+    def remove(self, worker_id: WorkerId) -> Member | None:
+        """Forget a worker and its links; None if it wasn't a member."""
+        self.links = {pair: link for pair, link in self.links.items() if worker_id not in pair}
+        return self.members.pop(worker_id, None)
+
+    def heard(self, worker_id: WorkerId, now: float) -> bool:
+        """Any message from a member renews its lease. False: it isn't a member and should join again."""
+        member = self.members.get(worker_id)
+        if member is None:
+            return False
+        member.last_heard = now
+        return True
+
+    def expired(self, now: float) -> list[WorkerId]:
+        """Members whose lease has run out."""
+        return [m.worker_id for m in self.members.values() if now - m.last_heard > self.lease_s]
+
+    def drain(self, worker_id: WorkerId) -> bool:
+        """Take nothing new on this worker. False: it isn't a member."""
+        member = self.members.get(worker_id)
+        if member is not None:
+            member.state = WorkerState.DRAINING
+        return member is not None
+
+    def measured(self, links: Iterable[LinkProfile]) -> None:
+        """Remember links that workers measured; the newest wins, the number kept is bounded."""
+        for link in links:
+            if link.a in self.members and link.b in self.members:
+                self.links.pop((link.a, link.b), None)
+                self.links[link.a, link.b] = link
+        while len(self.links) > MAX_LINKS:
+            self.links.pop(next(iter(self.links)))
+
+    def usable(self) -> dict[WorkerId, WorkerProfile]:
+        """Profiles of the workers that a plan may use, in the order of their ids."""
+        return {
+            worker_id: member.join.profile
+            for worker_id, member in sorted(self.members.items())
+            if member.state is WorkerState.READY and member.unfit_reason is None
+        }
