@@ -1,0 +1,93 @@
+"""Which key a swarm of a name has: pinned at first sight, so that nobody can take a known swarm's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from skynet.errors import ConfigError, MalformedMessage
+from skynet.protocol.identity import PublicKey, checked_public_key, fingerprint_of
+from skynet.protocol.private_files import locked, private_dir, read_private, write_private
+
+FILE_NAME: Final = "pins.json"
+MAX_PINS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """One swarm this user has met."""
+
+    name: str
+    key: str  # hex
+    first_seen: float  # seconds since 1970
+
+    @property
+    def public_key(self) -> PublicKey:
+        return checked_public_key(bytes.fromhex(self.key), f"pin of swarm {self.name!r}")
+
+
+_decoder = msgspec.json.Decoder(tuple[Pin, ...])
+
+
+class Pins:
+    """The swarms a user has met: a 0600 file in the config directory, safe between processes."""
+
+    def __init__(self, config_dir: Path) -> None:
+        self._path = private_dir(config_dir) / FILE_NAME
+
+    def all(self) -> tuple[Pin, ...]:
+        """Every pin. Raises ConfigError if the file is damaged."""
+        try:
+            data = read_private(self._path)
+        except FileNotFoundError:
+            return ()
+        try:
+            pins = _decoder.decode(data)
+            for pin in pins:
+                _ = pin.public_key
+        except (msgspec.MsgspecError, ValueError, MalformedMessage) as exc:
+            raise ConfigError(
+                f"{self._path}: isn't a list of pins ({exc}); restore it, or delete it and compare fingerprints again"
+            ) from exc
+        return pins
+
+    def keys_of(self, name: str) -> tuple[PublicKey, ...]:
+        """The keys pinned for a swarm's name: none if it was never seen, several if the user chose to know several."""
+        return tuple(pin.public_key for pin in self.all() if pin.name == name)
+
+    def is_pinned(self, name: str, key: PublicKey) -> bool:
+        return key in self.keys_of(name)
+
+    def pin(self, name: str, key: PublicKey, now: float, *, beside_others: bool = False) -> bool:
+        """Remember a swarm; True at first sight (print its fingerprint then).
+
+        Raises ConfigError if another key is pinned for this name, since that is another swarm or somebody who plays it;
+        `beside_others`: the user asked for this key by name (an invite, `--swarm`), so both are kept.
+        """
+        with locked(self._path):
+            pins = self.all()
+            known = [pin.public_key for pin in pins if pin.name == name]
+            if key in known:
+                return False
+            if known and not beside_others:
+                raise ConfigError(
+                    f"{name!r}: this swarm's key is {fingerprint_of(key)}, but {fingerprint_of(known[0])} is pinned; "
+                    f"if the swarm was set up anew, remove the old pin from {self._path}, else don't join"
+                )
+            self._write((*pins, Pin(name, key.hex(), now))[-MAX_PINS:])
+        return True
+
+    def forget(self, name: str) -> bool:
+        """Remove every pin of this name; False if there was none."""
+        with locked(self._path):
+            pins = self.all()
+            kept = tuple(pin for pin in pins if pin.name != name)
+            if len(kept) < len(pins):
+                self._write(kept)
+        return len(kept) < len(pins)
+
+    def _write(self, pins: tuple[Pin, ...]) -> None:
+        write_private(self._path, msgspec.json.format(msgspec.json.encode(pins)))
