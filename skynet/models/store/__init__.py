@@ -1,0 +1,1 @@
+"""Where a worker's weights come from: cache, local copy, hub, other nodes; every chunk verified. See `store.py`."""
