@@ -1,0 +1,108 @@
+"""Whose keys may open which sockets: the one table behind every CURVE handshake and every received frame."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from zmq.utils import z85
+
+from skynet.protocol.ids import PeerId
+
+logger = logging.getLogger(__name__)
+CURVE_KEY_CHARS = 40  # Z85, as messages carry it
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedPeer:
+    """One process that may connect: its CURVE public key (Z85) and the ZAP domains open to it."""
+
+    peer_id: PeerId
+    curve_key: bytes
+    domains: frozenset[str]
+
+
+def raw_curve_key(key: bytes) -> bytes:
+    """The 32 bytes of a Z85 key. Raises ValueError if it isn't one."""
+    if len(key) != CURVE_KEY_CHARS:
+        raise ValueError(f"a CURVE key has {CURVE_KEY_CHARS} Z85 characters, got {len(key)}")
+    try:
+        raw: bytes = z85.decode(key)
+    except Exception as exc:  # z85 raises whatever its table lookups raise
+        raise ValueError("a CURVE key that isn't Z85") from exc
+    return raw
+
+
+class PeerRegistry:
+    """Thread-safe. Empty at first: nobody gets in before `allow`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_raw_key: dict[bytes, AdmittedPeer] = {}
+        self._by_id: dict[PeerId, AdmittedPeer] = {}
+        self._suspended: dict[PeerId, float] = {}  # until when, on the monotonic clock
+        self._on_removed: list[Callable[[PeerId], None]] = []
+
+    def on_removed(self, callback: Callable[[PeerId], None]) -> None:
+        """Call this, in the thread that removes, when a peer or its former key stops being welcome."""
+        self._on_removed.append(callback)
+
+    def allow(self, curve_public_key: bytes, peer_id: PeerId, domains: Collection[str]) -> None:
+        """Let this key in as `peer_id`. A former key of the same peer loses its entry and its connections."""
+        raw = raw_curve_key(curve_public_key)
+        peer = AdmittedPeer(peer_id, curve_public_key, frozenset(domains))
+        with self._lock:
+            holder = self._by_raw_key.get(raw)
+            if holder is not None and holder.peer_id != peer_id:
+                raise ValueError(
+                    f"peer {peer_id}: its CURVE key already belongs to {holder.peer_id}; one key, one peer"
+                )
+            former = self._by_id.get(peer_id)
+            is_rekeyed = former is not None and former.curve_key != curve_public_key
+            if former is not None:
+                del self._by_raw_key[raw_curve_key(former.curve_key)]
+            self._by_raw_key[raw] = self._by_id[peer_id] = peer
+        if is_rekeyed:
+            self._removed(peer_id)
+
+    def deny(self, peer_id: PeerId) -> None:
+        """Withdraw the peer's key and cut its live connections. Unknown peers are fine."""
+        with self._lock:
+            former = self._by_id.pop(peer_id, None)
+            if former is not None:
+                del self._by_raw_key[raw_curve_key(former.curve_key)]
+        self._removed(peer_id)
+
+    def suspend(self, peer_id: PeerId, until: float) -> None:
+        """Refuse this peer's handshakes until that moment of the monotonic clock: it flooded us."""
+        with self._lock:
+            if peer_id in self._by_id:
+                self._suspended[peer_id] = until
+
+    def admit(self, raw_key: bytes, domain: str, now: float) -> PeerId | None:
+        """Who this key is if it may open sockets of `domain` now, else None."""
+        with self._lock:
+            peer = self._by_raw_key.get(raw_key)
+            if peer is None or domain not in peer.domains:
+                return None
+            if self._suspended.get(peer.peer_id, now) > now:
+                return None
+            self._suspended.pop(peer.peer_id, None)
+            return peer.peer_id
+
+    def is_allowed(self, peer_id: str, domain: str) -> bool:
+        """Whether frames from this peer count in that domain. On every frame's path: one lookup, no lock."""
+        peer = self._by_id.get(PeerId(peer_id))
+        return peer is not None and domain in peer.domains
+
+    def key_of(self, peer_id: PeerId) -> bytes | None:
+        """The peer's CURVE public key (Z85), None if it isn't admitted."""
+        peer = self._by_id.get(peer_id)
+        return None if peer is None else peer.curve_key
+
+    def _removed(self, peer_id: PeerId) -> None:
+        logger.info("peer cut off peer=%s", peer_id)
+        for callback in self._on_removed:
+            callback(peer_id)
