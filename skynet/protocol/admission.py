@@ -208,6 +208,9 @@ class AdmissionListener:
         except TimeoutError:
             logger.warning("admission undecided source=%s after_s=%s", source, self._config.admit_timeout_s)
             answer = Refused(code="busy", reason="the coordinator is busy; try again")
+        except Exception:  # a fault of ours may cost this visitor its answer, never the next one
+            logger.exception("admission failed source=%s", source)
+            answer = Refused(code="internal", reason="the coordinator failed to decide; its log says why")
         if isinstance(answer, Refused):
             self.stats.refused += 1
             logger.info("node refused source=%s code=%s reason=%s", source, answer.code, answer.reason)

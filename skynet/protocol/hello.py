@@ -138,6 +138,7 @@ RefusalCode = Literal[
     "version",  # protocols differ
     "malformed",  # not a Hello, or not signed by who it claims
     "busy",  # try again
+    "internal",  # the coordinator failed; its log says why
     "awaiting_approval",  # try again later
     "invite_required",
     "invite_invalid",  # unknown, forged, expired, used up or revoked
