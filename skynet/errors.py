@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class SkyNetError(Exception):
@@ -78,6 +78,21 @@ class StepRejected(WorkerError):
 
 class StepAborted(WorkerError):
     """A wait on the compute thread was ended on purpose: a newer epoch, a cancel, or shutdown."""
+
+
+# -- bulk transfers: ask again, or elsewhere ---------------------------------------------------------------------------
+
+TransferCode = Literal["not_found", "refused", "busy", "unreadable", "timeout", "cancelled", "broken"]
+
+
+class TransferFailed(SkyNetError):
+    """A bulk transfer ended early; `code` says whether asking again ("busy", "broken") or elsewhere may help."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, code: TransferCode) -> None:
+        super().__init__(message)
+        self.code: TransferCode = code
 
 
 # -- capacity: tell the caller what is missing ------------------------------------------------------------------------
