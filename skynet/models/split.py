@@ -64,7 +64,7 @@ def bounded_fractions(weights: Sequence[float], limits: Sequence[float]) -> list
 
 
 def column_unit(total: int, ranks: int, largest: int = 32) -> int:
-    """The widest power of two, up to `largest`, that still leaves every rank some 16 units: kernels like whole tiles."""
+    """The widest power of two, up to `largest`, that leaves every rank some 16 units: kernels like whole tiles."""
     unit = largest
     while unit > 1 and total < unit * ranks * _UNITS_PER_RANK:
         unit //= 2

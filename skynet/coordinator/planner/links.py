@@ -1,0 +1,130 @@
+"""Every pair's link: measured where it was, else bounded from the measured ones by paths through landmarks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from skynet.coordinator.planner.config import PlannerConfig
+from skynet.protocol.ids import WorkerId
+from skynet.protocol.profile import LinkProfile, WorkerProfile
+
+_NUM_LANDMARKS = 8
+
+
+class Link(NamedTuple):
+    round_trip_s: float
+    bandwidth_bytes_per_s: float
+    is_estimated: bool
+
+
+class LinkTable:
+    """Links by position of the two workers in `ids`, which is sorted. Links that name others (the coordinator) help to
+    bound what nobody measured: a path's round trips add up, its narrowest link bounds its bandwidth."""
+
+    def __init__(
+        self,
+        ids: Sequence[WorkerId],
+        profiles: Mapping[WorkerId, WorkerProfile],
+        links: Sequence[LinkProfile],
+        config: PlannerConfig,
+    ) -> None:
+        self._config = config
+        self._hosts = [profiles[worker_id].host_id for worker_id in ids]
+        others = sorted({end for link in links for end in (link.a, link.b)} - set(ids))
+        index = {worker_id: i for i, worker_id in enumerate([*ids, *others])}
+        self._known: dict[tuple[int, int], Link] = {}
+        for profile in sorted(links, key=lambda x: (x.is_estimated, -x.round_trip_s, x.bandwidth_bytes_per_s)):
+            a, b = sorted((index[profile.a], index[profile.b]))
+            link = Link(profile.round_trip_s, profile.bandwidth_bytes_per_s, profile.is_estimated)
+            if a != b:
+                self._known.setdefault((a, b), link)
+        self.near: list[list[int]] = [[] for _ in index]  # measured neighbours of each
+        for a, b in sorted(self._known):
+            self.near[a].append(b)
+            self.near[b].append(a)
+        self._landmarks = self._choose_landmarks(range(len(ids), len(index)))
+        slowest = max((link.round_trip_s for link in self._known.values()), default=0.0)
+        narrowest = min((link.bandwidth_bytes_per_s for link in self._known.values()), default=float("inf"))
+        self._fallback = Link(
+            max(2 * slowest, config.default_round_trip_s),
+            min(narrowest, config.default_bandwidth_bytes_per_s),
+            True,
+        )
+        self._cache: dict[tuple[int, int], Link] = dict(self._known)
+
+    def between(self, a: int, b: int) -> Link:
+        """The link of two workers, by index."""
+        key = (a, b) if a < b else (b, a)
+        link = self._cache.get(key)
+        if link is None:
+            link = self._cache[key] = self._estimate(*key)
+        return link
+
+    def close_buckets(self, limit_s: float) -> list[list[int]]:
+        """Sets of workers each two of which are within `limit_s`, as far as landmarks, hosts or defaults tell."""
+        buckets = [[i for i, (rtt, _) in sorted(reached.items()) if rtt <= limit_s / 2] for reached in self._landmarks]
+        by_host: dict[str, list[int]] = {}
+        for i, host in enumerate(self._hosts):
+            if host:
+                by_host.setdefault(host, []).append(i)
+        if not self._known and self._fallback.round_trip_s <= limit_s:
+            buckets.append(list(range(len(self._hosts))))
+        return [*buckets, *by_host.values()]
+
+    def _estimate(self, a: int, b: int) -> Link:
+        if self._hosts[a] and self._hosts[a] == self._hosts[b]:
+            return Link(self._config.local_round_trip_s, self._config.local_bandwidth_bytes_per_s, True)
+        best = self._fallback
+        for reached in self._landmarks:
+            if a in reached and b in reached:
+                (rtt_a, width_a), (rtt_b, width_b) = reached[a], reached[b]
+                best = self._better(best, rtt_a + rtt_b, min(width_a, width_b))
+        for middle in self.near[a]:
+            first, second = self._known.get(_pair(a, middle)), self._known.get(_pair(middle, b))
+            if first is not None and second is not None:
+                width = min(first.bandwidth_bytes_per_s, second.bandwidth_bytes_per_s)
+                best = self._better(best, first.round_trip_s + second.round_trip_s, width)
+        return best
+
+    def _better(self, best: Link, round_trip_s: float, width: float) -> Link:
+        found = Link(round_trip_s, width, True)
+        if best is self._fallback or (round_trip_s, -width) < (best.round_trip_s, -best.bandwidth_bytes_per_s):
+            return found
+        return best
+
+    def _choose_landmarks(self, others: range) -> list[dict[int, tuple[float, float]]]:
+        """Those who aren't workers first, then always the one furthest from all landmarks so far."""
+        found: list[dict[int, tuple[float, float]]] = []
+        linked = [i for i in range(len(self.near)) if self.near[i]]
+        distance = dict.fromkeys(linked, float("inf"))
+        while distance and len(found) < _NUM_LANDMARKS:
+            outside = [i for i in others if distance.get(i, 0) > 0]
+            chosen = outside[0] if outside else max(distance, key=lambda i: (distance[i], len(self.near[i]), -i))
+            if distance[chosen] == 0:
+                break
+            reached = self._shortest_paths(chosen)
+            found.append(reached)
+            for i, (rtt, _) in reached.items():
+                distance[i] = min(distance[i], rtt)
+        return found
+
+    def _shortest_paths(self, source: int) -> dict[int, tuple[float, float]]:
+        """Round trip and narrowest link of the shortest path to everyone within reach."""
+        done: dict[int, tuple[float, float]] = {}
+        queue = [(0.0, source, float("inf"))]
+        while queue:
+            rtt, node, width = heapq.heappop(queue)
+            if node in done:
+                continue
+            done[node] = (rtt, width)
+            for other in self.near[node]:
+                if other not in done:
+                    link = self._known[_pair(node, other)]
+                    heapq.heappush(queue, (rtt + link.round_trip_s, other, min(width, link.bandwidth_bytes_per_s)))
+        return done
+
+
+def _pair(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a < b else (b, a)

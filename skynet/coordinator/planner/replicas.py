@@ -1,0 +1,136 @@
+"""Several replicas: dividing the workers so that all answers together come fastest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from skynet.coordinator.planner.predict import Chain
+from skynet.coordinator.planner.search import Search, best_of, order_groups
+from skynet.coordinator.planner.sites import cut_site, sites
+
+Replicas = tuple[Chain, ...]
+
+_SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
+_FEW_WORKERS = 40
+_TRADES = 30
+
+
+def rate(replicas: Replicas) -> float:
+    """Tokens per second of all, busy."""
+    return sum(chain.prediction.batch_tokens_per_s for chain in replicas)
+
+
+def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> list[Replicas]:
+    """Candidate sets of replicas; `whole` is the best single one."""
+    config = search.swarm.config
+    if len(workers) <= config.exact_up_to:
+        return list(_all_divisions(search, tuple(workers)))
+    found: list[Replicas] = [] if whole is None else [(whole,)]
+    size, clusters = 1, 0
+    for _ in range(6 if len(workers) <= _FEW_WORKERS else 2):
+        replicas = _in_clusters(search, workers, size)
+        if not replicas:
+            break
+        found.append(replicas)
+        clusters = len(replicas)
+        size = max(size + 1, min(2 * size, len(workers) // max(1, clusters - 1))) if clusters > 1 else len(workers)
+        if clusters == 1:
+            break
+    if not found:
+        return []
+    best = max(found, key=rate)
+    if len(workers) <= _FEW_WORKERS:
+        found.append(_trade(search, best, workers))
+    return [*found, *(_trimmed(search, replicas) for replicas in found if len(workers) <= _FEW_WORKERS)]
+
+
+def _all_divisions(search: Search, workers: tuple[int, ...]) -> Iterator[Replicas]:
+    best: dict[frozenset[int], Chain | None] = {}
+    for count in range(1, len(workers) + 1):
+        for subset in itertools.combinations(workers, count):
+            best[frozenset(subset)] = search.exhaust(subset)
+
+    def extend(left: tuple[int, ...]) -> Iterator[Replicas]:
+        if not left:
+            yield ()
+            return
+        first, rest = left[0], left[1:]
+        yield from extend(rest)  # `first` stays a spare
+        for count in range(len(rest) + 1):
+            for others in itertools.combinations(rest, count):
+                chain = best[frozenset((first, *others))]
+                if chain is not None:
+                    for more in extend(tuple(w for w in rest if w not in others)):
+                        yield (chain, *more)
+
+    yield from (replicas for replicas in extend(workers) if replicas)
+
+
+def _in_clusters(search: Search, workers: Sequence[int], least: int) -> Replicas:
+    """Cut the workers, site by site, into runs of at least `least` that can hold a replica; a short tail joins in."""
+    swarm = search.swarm
+    need = swarm.replica_bytes
+    found: list[Chain] = []
+    cluster: list[int] = []
+    held = 0
+    for worker in itertools.chain.from_iterable(sites(swarm, workers)):
+        cluster.append(worker)
+        held += swarm.memory[worker]
+        if held >= need and len(cluster) >= least:
+            chain = _quick(search, cluster, len(workers))
+            if chain is not None:
+                found.append(chain)
+                cluster, held = [], 0
+    return tuple(found)
+
+
+def _quick(search: Search, cluster: list[int], num_workers: int) -> Chain | None:
+    """A good replica of all or some of a cluster, at a cost that a thousand workers can afford."""
+    swarm = search.swarm
+    if num_workers <= _FEW_WORKERS and len(cluster) <= _SEARCHED_CLUSTER:
+        return search.best(cluster)
+    tried = []
+    for size in (1, 2, 4):
+        if size <= len(cluster):
+            members = [m for site in sites(swarm, cluster) for m in cut_site(swarm, site, size)]
+            tried.append(search.try_layout(order_groups(swarm, [swarm.group(m) for m in members])))
+    return best_of(tried)
+
+
+def _trade(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replicas:
+    """Give workers that no replica uses to the replica that gains most, and exchange while that helps."""
+    current = list(replicas)
+    spent = 0
+    for worker in search.swarm.canonical(list(_unused(current, workers))):
+        gains = []
+        for i, chain in enumerate(current):
+            if spent < _TRADES:
+                spent += 1
+                members = [m for group in chain.arrangement for m in group]
+                wider = search.improve(chain, [*members, worker])
+                gains.append((chain.value - wider.value, -i, wider))
+        if gains and (gain := max(gains, key=lambda g: g[:2]))[0] > 0:
+            current[-gain[1]] = gain[2]
+    return tuple(current)
+
+
+def _unused(replicas: Sequence[Chain], workers: Sequence[int]) -> list[int]:
+    used = {m for chain in replicas for members in chain.arrangement for m in members}
+    return [worker for worker in workers if worker not in used]
+
+
+def _trimmed(search: Search, replicas: Replicas) -> Replicas:
+    """Each replica with the fewest of its workers that keep its rate within the threshold."""
+    threshold = 1 + search.swarm.config.improvement_threshold
+    chains = search.chains()
+    found = []
+    for chain in replicas:
+        members = {m for group in chain.arrangement for m in group}
+        near = [
+            c
+            for c in chains
+            if c.value <= chain.value * threshold and members.issuperset(itertools.chain(*c.arrangement))
+        ]
+        found.append(min(near, key=lambda c: (c.num_workers, c.value, c.arrangement), default=chain))
+    return tuple(found)

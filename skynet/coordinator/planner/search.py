@@ -1,0 +1,260 @@
+"""Looking for the best single replica among some workers: exhaustively in small swarms, else by construction and
+local search. Everything here is deterministic; effort is counted in layouts tried, never in time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from skynet.coordinator.planner.config import Objective
+from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
+from skynet.coordinator.planner.sites import group_lists
+from skynet.coordinator.planner.swarm import Group, Swarm
+
+_LOCAL_COST = 60_000  # local search tries at most this many (layers x groups)
+_MAX_LOCAL_WORKERS = 40
+_POOL = 48
+
+
+class Search:
+    """Remembers every layout tried."""
+
+    def __init__(self, swarm: Swarm, may_skip: bool = True) -> None:
+        self.swarm = swarm
+        self.may_skip = may_skip  # whether a layout's groups may be left without layers
+        self.tried: dict[Arrangement, Chain | None] = {}
+
+    def try_layout(self, arrangement: Arrangement) -> Chain | None:
+        if arrangement not in self.tried:
+            self.tried[arrangement] = evaluate(self.swarm, arrangement, self.may_skip)
+        return self.tried[arrangement]
+
+    def chains(self) -> list[Chain]:
+        """All that fit."""
+        return [chain for chain in self.tried.values() if chain is not None]
+
+    def exhaust(self, workers: Sequence[int], accept: Callable[[Arrangement], bool] = lambda _: True) -> Chain | None:
+        """Every ordered partition of exactly these workers."""
+        layout = self.swarm.config.layout
+        limit = self.swarm.config.max_group_size if layout is None else layout.tensor_parallel
+        found = [
+            self.try_layout(arrangement)
+            for arrangement in ordered_partitions(self.swarm.canonical(workers), limit)
+            if accept(arrangement)
+        ]
+        return best_of(found)
+
+    def best(self, workers: Sequence[int]) -> Chain | None:
+        """The best replica by some of these workers."""
+        if len(workers) <= self.swarm.config.exact_up_to:
+            subsets = (s for k in range(1, len(workers) + 1) for s in itertools.combinations(workers, k))
+            return best_of(self.exhaust(subset) for subset in subsets)
+        best = best_of(self.try_layout(arrangement) for arrangement in self._constructed(workers))
+        best = best or self._last_resort(workers)
+        return None if best is None else self.improve(best, workers)
+
+    def _constructed(self, workers: Sequence[int]) -> Iterator[Arrangement]:
+        for members in group_lists(self.swarm, workers):
+            groups = [self.swarm.group(m) for m in members]
+            for chosen in self._selections(groups):
+                yield order_groups(self.swarm, chosen)
+
+    def _selections(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """Subsets that should hold the model: the fastest, the roomiest, and those close to a good one."""
+        pace = {group.members: group.options()[0].prefix[-1] for group in groups}
+        room = {group.members: group_room(group) for group in groups}
+        usable = [group for group in groups if room[group.members] > 0]
+        fast = sorted(usable, key=lambda g: (pace[g.members], g.members))
+        big = sorted(usable, key=lambda g: (-room[g.members], pace[g.members], g.members))
+        for order in (fast, big):
+            yield from self._prefixes(order, room)
+        if self.swarm.config.objective is Objective.THROUGHPUT and len(usable) <= _MAX_LOCAL_WORKERS:
+            yield usable
+        anchors = {g.members: g for g in (*fast[:4], *big[:2])}
+        for anchor in anchors.values():
+            yield from self._prefixes(self._from_anchor(anchor, fast, room, pace), room)
+
+    def _prefixes(self, order: list[Group], room: dict[tuple[int, ...], int]) -> Iterator[list[Group]]:
+        """The shortest prefix with room for all layers, and longer ones in case embedding and head don't fit."""
+        held, num_layers = 0, self.swarm.spec.num_layers
+        for count, group in enumerate(order, 1):
+            held += room[group.members]
+            if held >= num_layers:
+                for extra in (0, 1, 3):
+                    if count + extra <= len(order):
+                        yield order[: count + extra]
+                return
+
+    def _from_anchor(
+        self, anchor: Group, fast: list[Group], room: dict[tuple[int, ...], int], pace: dict[tuple[int, ...], float]
+    ) -> list[Group]:
+        """Always the group that adds least time per layer next, the hop to it included."""
+        swarm, num_layers = self.swarm, self.swarm.spec.num_layers
+        near = {worker for m in anchor.members for worker in swarm.links.near[m]}
+        close = [g for g in fast[_POOL:] if near.intersection(g.members)][:_POOL]
+        pool = {g.members: g for g in (*fast[:_POOL], *close) if g is not anchor}
+        chosen, held = [anchor], room[anchor.members]
+        while held < num_layers + 4 and pool:
+            left, last = max(1, num_layers - held), chosen[-1]
+
+            def added(g: Group, left: int = left, last: Group = last) -> tuple[float, tuple[int, ...]]:
+                return pace[g.members] / num_layers + g.hop_cost(last) / min(left, room[g.members]), g.members
+
+            following = min(pool.values(), key=added)
+            del pool[following.members]
+            chosen.append(following)
+            held += room[following.members]
+        return chosen
+
+    def _last_resort(self, workers: Sequence[int]) -> Chain | None:
+        """Memory is short: every worker must help, in stages by room, then in ever larger groups, near or not."""
+        swarm = self.swarm
+        ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
+        sizes = [s for s in (1, 2, 3, 4, 6, 8) if s <= len(ordered)] if len(ordered) <= 200 else [1, 2, 4]
+        for size in sizes:
+            by_room = [swarm.canonical(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+            mixed = [swarm.canonical(ordered[i :: -(-len(ordered) // size)]) for i in range(-(-len(ordered) // size))]
+            for members in (by_room, mixed):
+                groups = [swarm.group(m) for m in members]
+                chain = self.try_layout(order_groups(swarm, groups)) or self.try_layout(tuple(members))
+                if chain is not None:
+                    return chain
+        if len(ordered) <= swarm.config.max_group_size:
+            return self.try_layout((swarm.canonical(ordered),))
+        return None
+
+    def improve(
+        self, chain: Chain, workers: Sequence[int], moves: Callable[..., Iterable[Arrangement]] | None = None
+    ) -> Chain:
+        """Local search; then ever fewer workers, so that a smaller layout is always among those tried."""
+        if chain.num_workers > _MAX_LOCAL_WORKERS:
+            return chain
+        budget = self._budget(chain)
+        improved = True
+        while improved and budget > 0:
+            improved = False
+            for arrangement in (moves or neighbours)(self.swarm, chain.arrangement, self._pool(chain, workers)):
+                if arrangement in self.tried:
+                    continue
+                budget -= 1
+                other = self.try_layout(arrangement)
+                if other is not None and other.value < chain.value * (1 - 1e-9):
+                    chain, improved = other, True
+                    break
+                if budget <= 0:
+                    break
+        if moves is None:
+            self._shrink(chain)
+        return chain
+
+    def _budget(self, chain: Chain) -> int:
+        effort = self.swarm.spec.num_layers * len(chain.stages)
+        return max(8, min(self.swarm.config.search_evaluations, _LOCAL_COST // effort))
+
+    def _pool(self, chain: Chain, workers: Sequence[int]) -> list[int]:
+        used = {m for members in chain.arrangement for m in members}
+        return list(self.swarm.canonical([w for w in workers if w not in used])[:6])
+
+    def _shrink(self, chain: Chain) -> None:
+        smaller: Chain | None = chain
+        for _ in range(min(chain.num_workers - 1, self._budget(chain) // max(1, chain.num_workers))):
+            if smaller is None:
+                return
+            smaller = best_of([self.try_layout(a) for a in without_one(smaller.arrangement)])
+
+
+def best_of(chains: Iterable[Chain | None]) -> Chain | None:
+    """Least value, then fewest workers, then the first by layout."""
+    found = [chain for chain in chains if chain is not None]
+    return min(found, key=lambda c: (c.value, c.num_workers, c.arrangement)) if found else None
+
+
+def group_room(group: Group) -> int:
+    """Most layers the group can hold in the middle of a pipeline."""
+    num_layers = group.swarm.spec.num_layers
+    return max(
+        num_layers if option.fits_whole else max(i - low for i, low in enumerate(option.low))
+        for option in group.options()
+    )
+
+
+def order_groups(swarm: Swarm, groups: Sequence[Group]) -> Arrangement:
+    """Pipeline order by short hops: always the nearest next, from the fastest on."""
+    left = list(groups)
+    order = [left.pop(0)] if left else []
+    while left:
+        last = order[-1].members
+        near = min(range(len(left)), key=lambda i: (swarm.hop_s(last, left[i].members, 1), i))
+        order.append(left.pop(near))
+    return tuple(group.members for group in order)
+
+
+def ordered_partitions(workers: tuple[int, ...], max_size: int) -> Iterator[Arrangement]:
+    """Every way to put all workers into groups in a row; ranks keep the given order."""
+    if not workers:
+        yield ()
+    for size in range(1, min(len(workers), max_size) + 1):
+        for first in itertools.combinations(workers, size):
+            rest = tuple(w for w in workers if w not in first)
+            for tail in ordered_partitions(rest, max_size):
+                yield (first, *tail)
+
+
+def without_one(arrangement: Arrangement) -> Iterator[Arrangement]:
+    """Drop each worker in turn."""
+    for i, members in enumerate(arrangement):
+        for worker in members:
+            left = tuple(m for m in members if m != worker)
+            smaller = (*arrangement[:i], *((left,) if left else ()), *arrangement[i + 1 :])
+            if smaller:
+                yield smaller
+
+
+def neighbours(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
+    """Layouts one move away: merge or exchange stages, move, exchange, drop or add a worker."""
+    limit = swarm.config.max_group_size
+    stages = list(arrangement)
+    for i, (a, b) in enumerate(itertools.pairwise(stages)):
+        if len(a) + len(b) <= limit:
+            yield (*stages[:i], swarm.canonical(a + b), *stages[i + 2 :])
+    for i, j in itertools.combinations(range(len(stages)), 2):
+        swapped = list(stages)
+        swapped[i], swapped[j] = stages[j], stages[i]
+        yield tuple(swapped)
+    for worker in unused:
+        yield from _inserted(swarm, arrangement, worker, limit)
+    yield from without_one(arrangement)
+    yield from replaced(swarm, arrangement, unused)
+    for i, members in enumerate(stages):
+        for worker in members:
+            left = tuple(m for m in members if m != worker)
+            rest = (*stages[:i], *((left,) if left else ()), *stages[i + 1 :])
+            yield from _inserted(swarm, rest, worker, limit)
+
+
+def replaced(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
+    """Layouts of the same shape: two workers of different groups exchanged, or one for an unused one."""
+    stages = list(arrangement)
+    places = [(i, worker) for i, members in enumerate(stages) for worker in members]
+    for (i, a), (j, b) in itertools.combinations(places, 2):
+        if i != j and (len(stages[i]) > 1 or len(stages[j]) > 1):
+            changed = list(stages)
+            changed[i] = swarm.canonical([b if m == a else m for m in stages[i]])
+            changed[j] = swarm.canonical([a if m == b else m for m in stages[j]])
+            yield tuple(changed)
+    for i, a in places:
+        for b in unused:
+            members = swarm.canonical([b if m == a else m for m in stages[i]])
+            yield (*stages[:i], members, *stages[i + 1 :])
+    for i, j in itertools.combinations(range(len(stages)), 2):
+        swapped = list(stages)
+        swapped[i], swapped[j] = stages[j], stages[i]
+        yield tuple(swapped)
+
+
+def _inserted(swarm: Swarm, arrangement: Arrangement, worker: int, limit: int) -> Iterator[Arrangement]:
+    for i, members in enumerate(arrangement):
+        if len(members) < limit:
+            yield (*arrangement[:i], swarm.canonical((*members, worker)), *arrangement[i + 1 :])
+    for i in range(len(arrangement) + 1):
+        yield (*arrangement[:i], (worker,), *arrangement[i:])
