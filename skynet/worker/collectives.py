@@ -70,7 +70,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _CopyToRanks(torch.autograd.Function):
-    """Forward: identity. Backward: all-reduce, since every rank's shard adds to the gradient of what all of them read."""
+    """Forward: identity. Backward: all-reduce, since each rank's shard adds to the gradient of what all read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Collective) -> Tensor:
