@@ -64,7 +64,7 @@ def make_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN has a fast blocked form for this device, dtype and size."""
-    if weight.device.type != "cpu" or weight.numel() == 0 or not torch._C.has_mkldnn:
+    if weight.device.type != "cpu" or weight.numel() == 0 or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.float32:
         return True
