@@ -19,7 +19,6 @@ import msgspec
 from skynet.errors import ConfigError, MalformedMessage
 from skynet.protocol.hello import checked_display
 from skynet.protocol.identity import PublicKey, checked_public_key
-from skynet.protocol.messages import Address
 from skynet.protocol.roles import Grant, Role
 
 PREFIX: Final = "skynet-invite-"
@@ -30,7 +29,7 @@ MAX_ADDRESSES: Final = 8
 _CHECKSUM_BYTES: Final = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Invite:
     """What an invite's bearer knows. Treat it like a password until it is used up."""
 
@@ -38,7 +37,7 @@ class Invite:
     secret: bytes
     swarm_name: str
     swarm_key: PublicKey  # pinned by whoever uses the invite
-    addresses: tuple[Address, ...]  # of the coordinator's admission listener, most useful first
+    addresses: tuple[tuple[str, int], ...]  # host, port of the admission listener, most useful first
     role: Role
     grants: tuple[Grant, ...]
     expires_at: int  # seconds since 1970
@@ -51,10 +50,24 @@ class Invite:
             raise MalformedMessage(f"an invite's secret has {SECRET_BYTES} bytes, got {len(self.secret)}")
         if not 1 <= len(self.addresses) <= MAX_ADDRESSES or len(self.grants) > len(Grant):
             raise MalformedMessage(f"an invite has 1 to {MAX_ADDRESSES} addresses, got {len(self.addresses)}")
+        if not all(0 < len(host) <= 255 and 0 < port < 65536 for host, port in self.addresses):
+            raise MalformedMessage(f"an invite with an impossible address: {self.addresses}")
         if not 0 < self.expires_at < 2**48 or self.uses < 1:
             raise MalformedMessage(f"impossible invite: {self.uses} uses until {self.expires_at}")
         checked_display(self.swarm_name)
         checked_public_key(self.swarm_key, "invite")
+
+    @classmethod
+    def parse(cls, text: str) -> Invite:
+        """The invite in a string that a user gave. Raises ConfigError."""
+        return decode_invite(text)
+
+    def __str__(self) -> str:
+        """The printable string: whoever has it can use it."""
+        return encode_invite(self)
+
+    def __repr__(self) -> str:
+        return f"Invite({self.invite_id}, {self.role})"  # without the secret, which belongs in no log
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True):  # more elements than these are ignored
@@ -93,7 +106,7 @@ def encode_invite(invite: Invite) -> str:
         invite.secret,
         invite.swarm_name,
         invite.swarm_key,
-        tuple((a.host, a.port) for a in invite.addresses),
+        invite.addresses,
         invite.role,
         tuple(invite.grants),
         invite.expires_at,
@@ -124,7 +137,7 @@ def decode_invite(text: str) -> Invite:
             secret=wire.secret,
             swarm_name=wire.swarm_name,
             swarm_key=checked_public_key(wire.swarm_key, "invite"),
-            addresses=tuple(Address(host=host, port=port) for host, port in wire.addresses),
+            addresses=wire.addresses,
             role=wire.role,
             grants=tuple(Grant(g) for g in wire.grants if g in known),
             expires_at=wire.expires_at,
