@@ -35,7 +35,7 @@ class Lease:
     kind: LeaseKind
     holder: PeerId  # for whom; the coordinator itself holds stages
     worker: WorkerId  # who does it
-    resources: Mapping[str, int] = field(default_factory=dict)  # "memory_bytes", "devices", ...: at least 0
+    resources: Mapping[str, int] = field(default_factory=dict, hash=False)  # "memory_bytes", "devices", ...: at least 0
     epoch: Epoch  # of the command that granted or last changed it
     ends_at: float  # of the clock that `now` comes from
 

@@ -74,16 +74,13 @@ def test_truncated_invite_is_refused(cut: int) -> None:
         decode_invite(GOLDEN_TEXT[:-cut])
 
 
-@given(position=st.integers(len(PREFIX), len(GOLDEN_TEXT) - 1), letter=st.sampled_from("abcdefghijklmnop234567"))
+@given(position=st.integers(len(PREFIX), len(GOLDEN_TEXT) - 2), letter=st.sampled_from("abcdefghijklmnop234567"))
 def test_invite_with_a_changed_letter_is_refused(position: int, letter: str) -> None:
     changed = GOLDEN_TEXT[:position] + letter + GOLDEN_TEXT[position + 1 :]
     if changed == GOLDEN_TEXT:
         return
-    try:
-        assert decode_invite(changed) == GOLDEN  # only bits beyond the last byte may differ
-        assert position == len(GOLDEN_TEXT) - 1
-    except ConfigError as exc:
-        assert "invite" in str(exc)
+    with pytest.raises(ConfigError, match="invite: damaged"):
+        decode_invite(changed)
 
 
 @given(text=st.one_of(st.text(), st.text("abcdefgh234567").map(lambda t: PREFIX + t)))

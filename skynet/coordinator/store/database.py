@@ -56,6 +56,7 @@ class Database:
             if connection.dialect.name == "sqlite":
                 found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
                 if found != "ok":
+                    found = " ".join(str(found).split())
                     raise ConfigError(f"{self.name}: damaged ({found}); restore a copy, or move it away to start anew")
             heads = set(MigrationContext.configure(connection).get_current_heads())
             if not heads and sa.inspect(connection).get_table_names():
