@@ -17,7 +17,7 @@ from skynet.protocol.bulk import BulkSource, BytesSource, FileSource
 from skynet.protocol.ids import PeerId
 
 _NAME: Final = re.compile(r"(chunk|manifest)/([0-9a-f]{64})\Z")
-_NOTHING: Final = memoryview(b"")
+_NOTHING: Final = memoryview(bytearray())  # a read that only verifies
 
 
 class ModelShelf:
