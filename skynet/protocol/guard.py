@@ -81,7 +81,7 @@ class Watch:
     monitor: zmq.Socket[bytes]
     peer_id: PeerId | None = None  # the pinned server, for a dialling socket
     on_connected: Callable[[], None] | None = None  # handshake done; called in the guard's thread
-    on_disconnected: Callable[[PeerId], None] | None = None  # called in the guard's thread
+    on_disconnected: Callable[[PeerId, int], None] | None = None  # peer and connection; in the guard's thread
     credits: dict[int, Credit] = field(default_factory=dict)  # by fd
     connections: dict[int, _Connection] = field(default_factory=dict)
 
@@ -241,7 +241,7 @@ class GuardThread:
                 poller.unregister(ready)
                 del self._watches[ready]
                 ready.close(linger=0)
-                return
+                break
             self._event(watch, event["event"], int(event["value"]))
 
     def _event(self, watch: Watch, event: int, value: int) -> None:
@@ -262,7 +262,7 @@ class GuardThread:
             credit = watch.credits.pop(value, None)
             peer_id = watch.peer_id if credit is None else credit.peer_id
             if peer_id is not None and watch.on_disconnected is not None:
-                watch.on_disconnected(peer_id)
+                watch.on_disconnected(peer_id, value)
 
     @staticmethod
     def _num_unidentified(watch: Watch) -> int:

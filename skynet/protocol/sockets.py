@@ -52,6 +52,7 @@ class Received(NamedTuple):
     peer_id: PeerId
     routing_id: bytes  # whom to answer on a listening socket; b"" on a dialling one
     frames: list[zmq.Frame]
+    connection: int  # as `on_disconnected` names it
 
 
 class Port:
@@ -98,7 +99,7 @@ class Port:
             return None
         if self._is_server and not self._factory.registry.is_allowed(peer_id, watch.domain):
             return None
-        return Received(peer_id, routing_id, frames)
+        return Received(peer_id, routing_id, frames, fd)
 
     def close(self) -> None:
         """Close at once; what is still queued is dropped. Twice is fine."""
@@ -210,10 +211,14 @@ class SocketFactory:
         addresses: Sequence[str],
         port: int = 0,
         *,
-        on_disconnected: Callable[[PeerId], None] | None = None,
+        on_disconnected: Callable[[PeerId, int], None] | None = None,
         max_queued_messages: int | None = None,
     ) -> Port:
-        """A ROUTER on these addresses, all with one port number (0: any free one). Raises ConfigError."""
+        """A ROUTER on these addresses, all with one port number (0: any free one). Raises ConfigError.
+
+        `on_disconnected(peer, connection)` runs in the guard's thread within milliseconds of a connection's end. A peer
+        that reconnected may have a newer one: compare with `Received.connection`.
+        """
         if not domain or not addresses:
             raise ConfigError("a server socket needs a ZAP domain and at least one address")
         watch = self._watch(domain, None, on_disconnected=on_disconnected)
@@ -241,7 +246,7 @@ class SocketFactory:
         *,
         domain: str = "",
         on_connected: Callable[[], None] | None = None,
-        on_disconnected: Callable[[PeerId], None] | None = None,
+        on_disconnected: Callable[[PeerId, int], None] | None = None,
         max_queued_messages: int | None = None,
     ) -> Port:
         """A DEALER that talks to the holder of that key and no other; libzmq reconnects by itself.

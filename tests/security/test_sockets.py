@@ -29,7 +29,7 @@ class Swarm:
         self.factories.append(SocketFactory(*zmq.curve_keypair(), config=SocketConfig(handshake_timeout_s=1.0)))
         return self.factories[-1]
 
-    def server(self, factory: SocketFactory, on_disconnected: Callable[[PeerId], None] | None = None) -> Port:
+    def server(self, factory: SocketFactory, on_disconnected: Callable[[PeerId, int], None] | None = None) -> Port:
         self.ports.append(factory.bind_router("data", ["127.0.0.1"], on_disconnected=on_disconnected))
         return self.ports[-1]
 
@@ -138,7 +138,7 @@ def test_denied_peer_is_cut_at_once_and_cannot_come_back(swarm: Swarm) -> None:
     gone = threading.Event()
     server, alice = swarm.factory(), swarm.factory()
     server.allow(alice.public_key, ALICE, {"data"})
-    listening = swarm.server(server, on_disconnected=lambda peer: gone.set() if peer == ALICE else None)
+    listening = swarm.server(server, on_disconnected=lambda peer, _: gone.set() if peer == ALICE else None)
     dialling = swarm.client(alice, server, listening)
     dialling.socket.send(b"first")
     assert next_message(listening) is not None
@@ -158,7 +158,7 @@ def test_denying_one_peer_leaves_another_connected(swarm: Swarm) -> None:
     server.allow(alice.public_key, ALICE, {"data"})
     server.allow(bob.public_key, BOB, {"data"})
 
-    def note(peer: PeerId) -> None:
+    def note(peer: PeerId, _: int) -> None:
         gone.append(peer)
         first_gone.set()
 

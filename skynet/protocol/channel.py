@@ -1,0 +1,401 @@
+"""The data channel: direct links between workers, owned by one compute thread that blocks on them.
+
+Only that thread calls its methods, except `abort` and `wake`. Every wait polls the data sockets and an inproc wake
+socket, has a deadline, and spins for a moment before it blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import zmq
+
+from skynet.errors import ProtocolError, StepAborted, WorkerLost, WorkerTimeout
+from skynet.protocol.codec import Buffer
+from skynet.protocol.data_frame import DataFrame, FrameType, Tag, control_header, data_header, epoch_of, split
+from skynet.protocol.ids import PeerId
+from skynet.protocol.inbox import Inbox
+from skynet.protocol.links import DATA_DOMAIN, DirectPath, Link, Links, Path, PathName
+from skynet.protocol.plan import Epoch
+from skynet.protocol.sockets import Port, Received, SocketFactory
+
+logger = logging.getLogger(__name__)
+MAX_ECHO_BYTES: Final = 4096
+_SLICE_S: Final = 0.02  # how often a link that is being opened is looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelConfig:
+    """Limits of one data channel."""
+
+    spin_s: float = 0.0  # polls without blocking for this long before it blocks
+    max_inbox_bytes: int = 256 << 20  # per peer, arrived before anyone asked
+    max_inbox_frames: int = 4096  # per peer
+    send_timeout_s: float = 30.0  # a peer that takes nothing for this long is given up
+
+
+class Arrival(NamedTuple):
+    """What `recv_any` found. The payload stays valid as long as it is referenced."""
+
+    peer_id: PeerId
+    tag: Tag
+    payload: memoryview
+
+
+class DataChannel:
+    """Sends and receives payloads of (epoch, tag) to and from peers. Deadlines are on the monotonic clock."""
+
+    def __init__(
+        self, factory: SocketFactory, bind_addresses: Sequence[str], port: int = 0, config: ChannelConfig | None = None
+    ) -> None:
+        self._config = config or ChannelConfig()
+        self._factory = factory
+        self._notes: deque[tuple[str, int | PeerId, int]] = deque()
+        self._lock = threading.Lock()  # of the wake sender
+        self._wake_sender, self._wake_receiver = factory.pair()
+        self._router = factory.bind_router(
+            DATA_DOMAIN, bind_addresses, port, on_disconnected=lambda peer, conn: self._post("gone", peer, conn)
+        )
+        self.port = self._router.number
+        self._links = Links(factory, self._post, self._rebuild_poller)
+        self._inbox = Inbox(self._config.max_inbox_bytes, self._config.max_inbox_frames)
+        self._retired: Epoch | None = None
+        self._aborted: Epoch | None = None
+        self._is_interrupted = False
+        self._pongs: dict[int, memoryview] = {}
+        self._poller = zmq.Poller()
+        self._ports: dict[zmq.Socket[bytes], Port] = {}
+        self._guests: tuple[zmq.Socket[bytes], ...] = ()  # of the caller, during `wait`
+        self._rebuild_poller()
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def abort(self, epoch: Epoch | None = None) -> None:
+        """End waits with StepAborted: from now on all of this epoch and older; without one, the present or next."""
+        if epoch is None:
+            self._is_interrupted = True
+        elif self._aborted is None or self._aborted < epoch:
+            self._aborted = epoch
+        self.wake()
+
+    def wake(self) -> None:
+        """Make a present or the next `wait` return early."""
+        self._post("wake", 0, 0)
+
+    def _post(self, what: str, subject: int | PeerId, connection: int) -> None:
+        self._notes.append((what, subject, connection))
+        with self._lock:
+            if not self._wake_sender.closed:
+                try:
+                    self._wake_sender.send(b"", zmq.NOBLOCK)
+                except zmq.Again:
+                    return  # enough wake-ups wait there; the note is read with them
+
+    # -- links ---------------------------------------------------------------------------------------------------------
+
+    def connect(self, peer_id: PeerId, key: bytes, addresses: Sequence[tuple[str, int]], deadline: float) -> None:
+        """Link with this peer, which does the same. Raises WorkerTimeout, StepAborted."""
+        self.dial(peer_id, key, addresses)
+        self.await_links([peer_id], deadline)
+
+    def dial(self, peer_id: PeerId, key: bytes, addresses: Sequence[tuple[str, int]]) -> None:
+        """Begin to link and return at once; any later wait carries it on. An established link stays."""
+        self._links.dial(peer_id, key, addresses, time.monotonic())
+
+    def await_links(self, peer_ids: Collection[PeerId], deadline: float) -> None:
+        """Wait until these dialled peers are linked. Raises WorkerTimeout naming the first that isn't, StepAborted."""
+        while missing := [p for p in peer_ids if not self.is_connected(p)]:
+            self._check(None)
+            now = time.monotonic()
+            if now >= deadline:
+                raise WorkerTimeout(self._why_not(missing[0]))
+            self._pump(min(deadline, now + _SLICE_S))
+
+    def is_connected(self, peer_id: PeerId) -> bool:
+        """Whether frames can be sent to this peer now."""
+        link = self._links.get(peer_id)
+        return link is not None and link.is_established
+
+    def path(self, peer_id: PeerId) -> PathName:
+        """Which way frames take. Raises WorkerLost if there is none."""
+        return self._path(peer_id).name
+
+    def disconnect(self, peer_id: PeerId) -> None:
+        """End this link and forget what it brought. Unknown peers are fine."""
+        self._links.close(peer_id, "closed by this side")
+        self._inbox.drop_peer(peer_id)
+
+    def close(self) -> None:
+        """Close every socket of the channel. Twice is fine."""
+        if not self._router.socket.closed:
+            self._links.close_all()
+            self._router.close()
+            self._wake_receiver.close(linger=0)
+            with self._lock:
+                self._wake_sender.close(linger=0)
+
+    # -- epochs --------------------------------------------------------------------------------------------------------
+
+    def retire(self, epoch: Epoch) -> None:
+        """Drop what arrived and what will arrive of this epoch and all older ones."""
+        if self._retired is None or self._retired < epoch:
+            self._retired = epoch
+            self._inbox.drop_epochs(epoch)
+
+    def begin_step(self, epoch: Epoch, step: int) -> None:
+        """Drop what earlier, abandoned steps of this epoch left behind."""
+        if self._inbox.num_bytes:
+            self._inbox.drop_steps(epoch, step)
+
+    # -- payloads ------------------------------------------------------------------------------------------------------
+
+    def send(self, peer_id: PeerId, epoch: Epoch, tag: Tag, payload: Buffer, deadline: float | None = None) -> None:
+        """Send bytes (C-contiguous); they are copied before this returns. Waits only while the peer's queue is full.
+
+        Raises WorkerLost, WorkerTimeout, StepAborted.
+        """
+        header = data_header(epoch, tag)
+        path = self._path(peer_id)
+        try:
+            path.send(header, payload)
+            return
+        except zmq.Again:
+            pass
+        except zmq.ZMQError as exc:
+            raise WorkerLost(f"peer {peer_id}: gone while sending to it ({exc.strerror})") from exc
+        self._send_slowly(peer_id, epoch, header, payload, deadline)
+
+    def _send_slowly(
+        self, peer_id: PeerId, epoch: Epoch, header: bytes, payload: Buffer, deadline: float | None
+    ) -> None:
+        deadline = time.monotonic() + self._config.send_timeout_s if deadline is None else deadline
+        while True:
+            self._pump(min(deadline, time.monotonic() + 0.001))  # reading meanwhile: the peer may be waiting for us
+            self._check(epoch)
+            try:
+                self._path(peer_id).send(header, payload)
+                return
+            except zmq.Again:
+                if time.monotonic() >= deadline:
+                    raise WorkerTimeout(f"peer {peer_id}: takes no frames; its queue is full") from None
+            except zmq.ZMQError as exc:
+                raise WorkerLost(f"peer {peer_id}: gone while sending to it ({exc.strerror})") from exc
+
+    def recv(self, peer_id: PeerId, epoch: Epoch, tag: Tag, deadline: float) -> memoryview:
+        """The payload that this peer sent under (epoch, tag). Raises WorkerTimeout, StepAborted, WorkerLost."""
+        header = data_header(epoch, tag)
+        payload = self._inbox.pop(peer_id, header)
+        if payload is not None:
+            return payload
+        return self._receive({(peer_id, header): tag}, epoch, deadline).payload
+
+    def recv_any(self, wanted: Collection[tuple[PeerId, Tag]], epoch: Epoch, deadline: float) -> Arrival:
+        """Whichever of these comes first. Raises WorkerTimeout, StepAborted, WorkerLost (of any of them)."""
+        headers = {(peer_id, data_header(epoch, tag)): tag for peer_id, tag in wanted}
+        for (peer_id, header), tag in headers.items():
+            payload = self._inbox.pop(peer_id, header)
+            if payload is not None:
+                return Arrival(peer_id, tag, payload)
+        return self._receive(headers, epoch, deadline)
+
+    def wait(
+        self, sockets: Sequence[zmq.Socket[bytes]], deadline: float, *, spin: bool = False
+    ) -> list[zmq.Socket[bytes]]:
+        """Which of these other sockets of this thread can be read; none at the deadline or after `wake`.
+
+        Meanwhile links are served: frames go to the inbox, pings are answered. Raises StepAborted after `abort()`.
+        """
+        self._guests = tuple(sockets)
+        self._rebuild_poller()
+        spin_until = time.monotonic() + self._config.spin_s if spin else 0.0
+        try:
+            while True:
+                now = time.monotonic()
+                until = now if now < spin_until else deadline
+                if any(link.is_connecting for link in self._links.all()):
+                    until = min(until, now + _SLICE_S)
+                ready, was_woken = self._pump(until)
+                self._check(None)
+                found = [socket for socket in sockets if socket in ready]
+                if found or was_woken or time.monotonic() >= deadline:
+                    return found
+        finally:
+            self._guests = ()
+            self._rebuild_poller()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _receive(self, wanted: dict[tuple[PeerId, bytes], Tag], epoch: Epoch, deadline: float) -> Arrival:
+        ports = {self._port_of(peer_id) for peer_id, _ in wanted}
+        spin_until = time.monotonic() + self._config.spin_s
+        while True:
+            for port in ports:
+                arrival = self._drain(port, wanted)
+                if arrival is not None:
+                    return arrival
+            self._check(epoch)
+            now = time.monotonic()
+            if now < spin_until:
+                continue
+            for peer_id, _ in wanted:
+                self._path(peer_id)
+            if now >= deadline:
+                names = ", ".join(sorted({str(p) for p, _ in wanted}))
+                raise WorkerTimeout(
+                    f"peer {names}: nothing came for epoch {epoch} {next(iter(wanted.values()))} in time"
+                )
+            arrival = self._poll(deadline, wanted)[2]
+            if arrival is not None:
+                return arrival
+
+    def _pump(self, until: float) -> tuple[set[zmq.Socket[bytes]], bool]:
+        """Serve links until something happened; which sockets were ready, and whether `wake` was called."""
+        ready, was_woken, _ = self._poll(until, {})
+        now = time.monotonic()
+        for link in self._links.all():
+            self._advance(link, now)
+        return ready, was_woken
+
+    def _poll(
+        self, until: float, wanted: dict[tuple[PeerId, bytes], Tag]
+    ) -> tuple[set[zmq.Socket[bytes]], bool, Arrival | None]:
+        timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000))
+        ready = {socket for socket, _ in self._poller.poll(timeout_ms)}
+        was_woken, found = False, None
+        for socket in ready:
+            if socket is self._wake_receiver:
+                continue
+            port = self._ports.get(socket)
+            if port is not None and not socket.closed and found is None:
+                found = self._drain(port, wanted)
+        if self._wake_receiver in ready:  # last: what a lost peer sent before it went has been read by now
+            was_woken = self._read_notes()
+        return ready, was_woken, found
+
+    def _advance(self, link: Link, now: float) -> None:
+        try:
+            self._links.advance(link, now)
+        except zmq.ZMQError as exc:
+            logger.debug("link not ready peer=%s reason=%s", link.peer_id, exc)
+
+    def _drain(self, port: Port, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
+        """Read what is there; returns as soon as something wanted came, otherwise when the socket is empty."""
+        while not port.socket.closed:
+            try:
+                received = port.receive(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if received is None:
+                continue
+            try:
+                frame = split([part.buffer for part in received.frames])
+                if frame.type is FrameType.DATA:
+                    tag = wanted.get((received.peer_id, frame.header))
+                    if tag is not None:
+                        return Arrival(received.peer_id, tag, frame.payload)
+                    self._keep(received.peer_id, frame)
+                else:
+                    self._control(port, received, frame)
+            except ProtocolError as exc:
+                logger.warning("link closed peer=%s reason=%s", received.peer_id, exc)
+                self._links.close(received.peer_id, str(exc))
+                self._inbox.drop_peer(received.peer_id)
+        return None
+
+    def _keep(self, peer_id: PeerId, frame: DataFrame) -> None:
+        if not self.is_connected(peer_id):
+            return
+        if self._retired is not None and epoch_of(frame.header) <= self._retired:
+            return
+        self._inbox.put(peer_id, frame.header, frame.payload)
+
+    def _control(self, port: Port, received: Received, frame: DataFrame) -> None:
+        link = self._links.link(received.peer_id)
+        if link is None:
+            return
+        path: Path
+        if received.routing_id:
+            path = DirectPath(port, received.routing_id, received.connection)
+        else:
+            path = DirectPath(port)
+        self._control_frame(link, path, frame)
+
+    def _control_frame(self, link: Link, path: Path, frame: DataFrame) -> None:
+        try:
+            if frame.type is FrameType.PING:
+                echo = frame.payload if frame.payload.nbytes <= MAX_ECHO_BYTES else b""
+                number = int.from_bytes(frame.header[20:24], "little")
+                path.send(control_header(FrameType.PONG, number), echo)
+            elif frame.type is FrameType.PONG:
+                number = int.from_bytes(frame.header[20:24], "little")
+                if number in self._pongs:
+                    self._pongs[number] = frame.payload
+            else:
+                self._links.control(link, frame.type, path)
+                self._advance(link, time.monotonic())
+        except zmq.ZMQError as exc:
+            logger.debug("answer dropped peer=%s reason=%s", link.peer_id, exc)
+
+    def _read_notes(self) -> bool:
+        """What other threads told us; whether one of them just wanted to wake us."""
+        while True:
+            try:
+                self._wake_receiver.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+        was_woken = False
+        while self._notes:
+            what, subject, connection = self._notes.popleft()
+            if what == "wake":
+                was_woken = True
+            elif what == "gone":
+                self._links.inbound_down(PeerId(str(subject)), connection)
+            elif what == "up":
+                self._links.dial_up(int(subject))
+            else:
+                self._links.dial_down(int(subject))
+        return was_woken
+
+    def _check(self, epoch: Epoch | None) -> None:
+        if self._is_interrupted:
+            self._is_interrupted = False
+            raise StepAborted("the wait was ended by this worker")
+        if epoch is not None and self._aborted is not None and epoch <= self._aborted:
+            raise StepAborted(f"epoch {epoch} is over")
+
+    def _path(self, peer_id: PeerId) -> Path:
+        link = self._links.get(peer_id)
+        if link is None or not link.is_established or link.path is None:
+            reason = "no link" if link is None or link.lost is None else link.lost
+            raise WorkerLost(f"peer {peer_id}: {reason}; it needs a new link before anything can be sent")
+        return link.path
+
+    def _port_of(self, peer_id: PeerId) -> Port:
+        link = self._links.get(peer_id)
+        path = None if link is None else link.path
+        return path.port if isinstance(path, DirectPath) else self._router
+
+    def _why_not(self, peer_id: PeerId) -> str:
+        link = self._links.get(peer_id)
+        if link is None:
+            return f"peer {peer_id}: no link, and nobody dials it; call dial first"
+        tried = ", ".join(f"{host}:{port}" for host, port in link.addresses) or "no address"
+        if link.lost is not None:
+            return f"peer {peer_id}: {link.lost}"
+        if link.standing is not None or link.inbound is not None:
+            return f"peer {peer_id}: reached at one of {tried}, but it didn't agree on a link in time; is it busy?"
+        return f"peer {peer_id}: none of {tried} could be reached, nor did it reach us; check addresses and firewalls"
+
+    def _rebuild_poller(self) -> None:
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_receiver, zmq.POLLIN)
+        self._ports = {port.socket: port for port in (self._router, *self._links.ports())}
+        for socket in (*self._ports, *self._guests):
+            self._poller.register(socket, zmq.POLLIN)

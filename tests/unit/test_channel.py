@@ -1,0 +1,300 @@
+"""The data channel between real sockets on loopback, each side on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import pytest
+import zmq
+
+from skynet.errors import StepAborted, WorkerLost, WorkerTimeout
+from skynet.protocol.channel import ChannelConfig, DataChannel
+from skynet.protocol.data_frame import FrameType, Tag, control_header, data_header
+from skynet.protocol.ids import PeerId
+from skynet.protocol.plan import Epoch
+from skynet.protocol.sockets import SocketFactory
+
+T = TypeVar("T")
+EPOCH = Epoch(1, 2)
+TAG = Tag(kind=1, step=7, exchange=3)
+
+
+class Side:
+    """One worker: keys, channel, and the thread that owns it."""
+
+    def __init__(self, name: str, config: ChannelConfig | None = None, key: tuple[bytes, bytes] | None = None) -> None:
+        self.peer_id = PeerId(name)
+        self.factory = SocketFactory(*(key or zmq.curve_keypair()))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.channel = self.run(lambda: DataChannel(self.factory, ["127.0.0.1"], config=config)).result(5)
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        return self._thread.submit(work)
+
+    def close(self) -> None:
+        self.run(self.channel.close).result(10)
+        self._thread.shutdown()
+        self.factory.close()
+
+
+def introduce(sides: Sequence[Side]) -> None:
+    for side in sides:
+        for other in sides:
+            if side is not other:
+                side.factory.allow(other.factory.public_key, other.peer_id, {"data"})
+
+
+def link(a: Side, b: Side, a_port: int | None = None, b_port: int | None = None) -> None:
+    """Both connect, to the other's real port unless told otherwise (0: no address)."""
+
+    def addresses(port: int | None, other: Side) -> list[tuple[str, int]]:
+        return [] if port == 0 else [("127.0.0.1", port or other.channel.port)]
+
+    def connect(side: Side, other: Side, port: int | None) -> Future[None]:
+        to = addresses(port, other)
+        key = other.factory.public_key
+        return side.run(lambda: side.channel.connect(other.peer_id, key, to, time.monotonic() + 5))
+
+    waiting = [connect(a, b, b_port), connect(b, a, a_port)]
+    for future in waiting:
+        future.result(10)
+
+
+def send(side: Side, to: Side, payload: bytes, tag: Tag = TAG, epoch: Epoch = EPOCH) -> None:
+    side.run(lambda: side.channel.send(to.peer_id, epoch, tag, payload)).result(10)
+
+
+def receive(side: Side, frm: Side, tag: Tag = TAG, epoch: Epoch = EPOCH, timeout_s: float = 5.0) -> Future[bytes]:
+    return side.run(lambda: bytes(side.channel.recv(frm.peer_id, epoch, tag, time.monotonic() + timeout_s)))
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Side]]:
+    sides: list[Side] = []
+
+    def side(*args: object, **kwargs: object) -> Side:
+        sides.append(Side(*args, **kwargs))  # type: ignore[arg-type]
+        return sides[-1]
+
+    yield side
+    for built in sides:
+        built.close()
+
+
+@pytest.fixture
+def pair(make: Callable[..., Side]) -> tuple[Side, Side]:
+    a, b = make("a.cpu"), make("b.cpu")
+    introduce([a, b])
+    link(a, b)
+    return a, b
+
+
+def test_headers_keep_their_bytes() -> None:
+    golden = bytes.fromhex("0104 0100 01000000 02000000 0700000000000000 03000000")
+    assert data_header(EPOCH, TAG) == golden
+    assert control_header(FrameType.PING, 9) == bytes.fromhex("0105 0000 00000000 00000000 0000000000000000 09000000")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 65536, 65537, 3_000_000])
+def test_payloads_of_every_size_arrive_both_ways(pair: tuple[Side, Side], size: int) -> None:
+    a, b = pair
+    payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    send(a, b, payload)
+    send(b, a, payload)
+    assert receive(b, a).result(10) == payload
+    assert receive(a, b).result(10) == payload
+
+
+@pytest.mark.parametrize(("a_port", "b_port"), [(None, None), (0, None), (None, 0)])
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_one_reachable_side_is_enough(
+    make: Callable[..., Side], a_port: int | None, b_port: int | None, is_swapped: bool
+) -> None:
+    keys = sorted((zmq.curve_keypair() for _ in range(2)), reverse=is_swapped)
+    a, b = make("a.cpu", key=keys[0]), make("b.cpu", key=keys[1])
+    introduce([a, b])
+    link(a, b, a_port, b_port)
+    send(a, b, b"there")
+    send(b, a, b"back")
+    assert receive(b, a).result(10) == b"there"
+    assert receive(a, b).result(10) == b"back"
+    assert a.run(lambda: a.channel.path(b.peer_id)).result(5) == "direct"
+
+
+def test_a_dead_address_beside_a_good_one_does_no_harm(make: Callable[..., Side]) -> None:
+    a, b = make("a.cpu"), make("b.cpu")
+    introduce([a, b])
+    key = b.factory.public_key
+    addresses = [("192.0.2.1", 9), ("127.0.0.1", 1), ("::1", b.channel.port), ("127.0.0.1", b.channel.port)]
+    one = a.run(lambda: a.channel.connect(b.peer_id, key, addresses, time.monotonic() + 5))
+    other = b.run(lambda: b.channel.connect(a.peer_id, a.factory.public_key, [], time.monotonic() + 5))
+    one.result(10)
+    other.result(10)
+    send(a, b, b"x")
+    assert receive(b, a).result(10) == b"x"
+
+
+def test_frames_arriving_in_another_order_find_their_receivers(make: Callable[..., Side]) -> None:
+    a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
+    introduce(sides)
+    for x, y in ((a, b), (b, c), (a, c)):
+        link(x, y)
+    for exchange in reversed(range(5)):
+        send(a, c, b"a%d" % exchange, Tag(1, 0, exchange))
+        send(b, c, b"b%d" % exchange, Tag(1, 0, exchange))
+    for exchange in range(5):
+        assert receive(c, b, Tag(1, 0, exchange)).result(10) == b"b%d" % exchange
+        assert receive(c, a, Tag(1, 0, exchange)).result(10) == b"a%d" % exchange
+
+
+def test_frames_of_a_retired_epoch_are_dropped_and_of_a_later_one_kept(pair: tuple[Side, Side]) -> None:
+    a, b = pair
+    old, new = Epoch(1, 1), Epoch(1, 3)
+    send(a, b, b"old", epoch=old)
+    send(a, b, b"new", epoch=new)
+    assert receive(b, a, epoch=new).result(10) == b"new"
+    b.run(lambda: b.channel.retire(EPOCH)).result(5)
+    send(a, b, b"late", Tag(1, 8), epoch=old)
+    send(a, b, b"newer", Tag(1, 8), epoch=new)
+    assert receive(b, a, Tag(1, 8), epoch=new).result(10) == b"newer"
+    for tag in (TAG, Tag(1, 8)):
+        with pytest.raises(WorkerTimeout, match=r"a\.cpu"):
+            receive(b, a, tag, epoch=old, timeout_s=0.05).result(10)
+
+
+def test_abort_ends_a_blocking_wait_from_another_thread(pair: tuple[Side, Side]) -> None:
+    a, b = pair
+    waiting = receive(b, a, timeout_s=30)
+    began = time.monotonic()
+    b.channel.abort(EPOCH)
+    with pytest.raises(StepAborted):
+        waiting.result(5)
+    assert time.monotonic() - began < 2
+    with pytest.raises(StepAborted):
+        receive(b, a, timeout_s=30).result(5)
+    later = Epoch(EPOCH.start, EPOCH.n + 1)
+    send(a, b, b"goes on", epoch=later)
+    assert receive(b, a, epoch=later).result(5) == b"goes on"
+
+
+def test_lost_peer_ends_the_wait_for_it_but_not_for_others(make: Callable[..., Side]) -> None:
+    a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
+    introduce(sides)
+    link(a, b)
+    link(b, c)
+    send(a, b, b"last words")
+    waiting = b.run(lambda: b.channel.recv(a.peer_id, EPOCH, Tag(1, 99), time.monotonic() + 30))
+    a.close()
+    with pytest.raises(WorkerLost, match=r"a\.cpu"):
+        waiting.result(5)
+    assert receive(b, a).result(5) == b"last words"
+    with pytest.raises(WorkerLost):
+        send(b, a, b"anyone there?")
+    send(c, b, b"still here")
+    assert receive(b, c).result(5) == b"still here"
+    a.close = lambda: None  # type: ignore[method-assign]  # closed already
+
+
+def test_links_can_be_closed_and_opened_again(pair: tuple[Side, Side]) -> None:
+    a, b = pair
+    for side, other in ((a, b), (b, a)):
+        peer = other.peer_id
+        side.run(lambda: side.channel.disconnect(peer)).result(5)  # noqa: B023  (result() ends it at once)
+        b.run(lambda: b.channel.wait([], time.monotonic() + 0.05)).result(5)
+        a.run(lambda: a.channel.wait([], time.monotonic() + 0.05)).result(5)
+        assert not a.run(lambda: a.channel.is_connected(b.peer_id)).result(5)
+        assert not b.run(lambda: b.channel.is_connected(a.peer_id)).result(5)
+        link(a, b)
+        send(a, b, b"again", Tag(1, 100))
+        assert receive(b, a, Tag(1, 100)).result(5) == b"again"
+
+
+def test_unreachable_peer_is_named_with_what_was_tried(make: Callable[..., Side]) -> None:
+    a, b = make("a.cpu"), make("b.cpu")
+    introduce([a, b])
+    key = b.factory.public_key
+    waiting = a.run(lambda: a.channel.connect(b.peer_id, key, [("127.0.0.1", 1)], time.monotonic() + 0.3))
+    with pytest.raises(WorkerTimeout, match=r"b\.cpu.*127\.0\.0\.1:1"):
+        waiting.result(5)
+
+
+def test_wait_returns_for_a_guest_socket_and_for_wake(make: Callable[..., Side]) -> None:
+    a = make("a.cpu")
+    near, far = a.factory.pair()
+    waiting = a.run(lambda: a.channel.wait([far], time.monotonic() + 30))
+    near.send(b"work")
+    assert waiting.result(5) == [far]
+    far.recv()
+    sleeping = a.run(lambda: a.channel.wait([far], time.monotonic() + 30))
+    a.channel.wake()
+    assert sleeping.result(5) == []
+    assert a.run(lambda: a.channel.wait([far], time.monotonic() + 0.02)).result(5) == []
+    near.close()
+    far.close()
+
+
+def test_recv_any_takes_whichever_comes_first(make: Callable[..., Side]) -> None:
+    a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
+    introduce(sides)
+    link(a, c)
+    link(b, c)
+    wanted = [(a.peer_id, TAG), (b.peer_id, TAG)]
+    waiting = c.run(lambda: c.channel.recv_any(wanted, EPOCH, time.monotonic() + 5))
+    send(b, c, b"from b")
+    arrival = waiting.result(5)
+    assert (arrival.peer_id, bytes(arrival.payload)) == (b.peer_id, b"from b")
+    send(a, c, b"from a")
+    assert c.run(lambda: bytes(c.channel.recv_any(wanted, EPOCH, time.monotonic() + 5).payload)).result(5) == b"from a"
+
+
+def test_peer_that_fills_its_inbox_loses_its_link_alone(make: Callable[..., Side]) -> None:
+    a, b = make("a.cpu"), make("b.cpu")
+    c = make("c.cpu", ChannelConfig(max_inbox_bytes=100_000))
+    introduce([a, b, c])
+    link(a, c)
+    link(b, c)
+    send(b, c, b"fine")
+    for exchange in range(20):
+        try:
+            send(a, c, bytes(10_000), Tag(1, 0, exchange))
+        except WorkerLost:
+            break
+    with pytest.raises(WorkerLost, match="wait unread"):
+        receive(c, a, Tag(2, 0)).result(5)
+    assert receive(c, b).result(5) == b"fine"
+
+
+def test_both_sides_sending_more_than_the_queues_hold_still_finish(pair: tuple[Side, Side]) -> None:
+    a, b = pair
+    count, payload = 1500, bytes(70_000)
+
+    def pump(side: Side, other: Side) -> int:
+        for exchange in range(count):
+            side.channel.send(other.peer_id, EPOCH, Tag(1, 0, exchange), payload)
+        return sum(
+            len(side.channel.recv(other.peer_id, EPOCH, Tag(1, 0, exchange), time.monotonic() + 10))
+            for exchange in range(count)
+        )
+
+    both = [a.run(lambda: pump(a, b)), b.run(lambda: pump(b, a))]
+    assert [future.result(60) for future in both] == [count * len(payload)] * 2
+
+
+def test_wake_is_safe_from_many_threads(make: Callable[..., Side]) -> None:
+    a = make("a.cpu")
+
+    def wake_often() -> None:
+        for _ in range(2000):
+            a.channel.wake()
+
+    threads = [threading.Thread(target=wake_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        a.run(lambda: a.channel.wait([], time.monotonic() + 0.01)).result(5)
+    for thread in threads:
+        thread.join()
