@@ -2,6 +2,7 @@
 
 from skynet.coordinator.planner.config import Layout, Objective, PlannerConfig
 from skynet.coordinator.planner.decide import plan
+from skynet.coordinator.planner.describe import read_workers
 from skynet.coordinator.planner.model import (
     Plan,
     Prediction,
@@ -26,5 +27,6 @@ __all__ = [
     "WorkerTransition",
     "plan",
     "plan_as_dict",
+    "read_workers",
     "render_plan",
 ]

@@ -124,13 +124,19 @@ def _extend_slowest(
     # best[s] grows with s and the stage's own cost falls, so their maximum is least next to where they cross.
     crossing = 1
     for i in range(2, num_layers):
-        crossing = max(crossing, low[i])
-        while crossing < i - 1 and best[crossing] < prefix[i] - prefix[crossing]:
+        lowest, upto = max(1, low[i]), prefix[i]
+        if best[lowest] == INFINITY:
+            break
+        crossing = max(crossing, lowest)
+        while crossing < i - 1 and best[crossing] < upto - prefix[crossing]:
             crossing += 1
-        for s in (crossing - 1, crossing):
-            if max(1, low[i]) <= s < i and (cost := max(best[s], prefix[i] - prefix[s])) < new[i]:
-                new[i], chosen[i] = cost, (s, index)
+        before, own = best[crossing], upto - prefix[crossing]
+        if (cost := before if before > own else own) < new[i]:
+            new[i], chosen[i] = cost, (crossing, index)
+        if crossing > lowest and (cost := upto - prefix[crossing - 1]) < new[i] and best[crossing - 1] <= cost:
+            new[i], chosen[i] = cost, (crossing - 1, index)
     total = prefix[num_layers]
     for s in range(max(1, option.last_start), num_layers):
-        if (cost := max(best[s], total - prefix[s] + option.last_cost)) < new[num_layers]:
+        before, own = best[s], total - prefix[s] + option.last_cost
+        if (cost := before if before > own else own) < new[num_layers]:
             new[num_layers], chosen[num_layers] = cost, (s, index)

@@ -77,6 +77,7 @@ class PlannerConfig:
         False  # True: rates were measured one worker at a time, so a host's workers divide them
     )
     exact_up_to: int = 4  # swarms of up to this many workers are searched exhaustively
+    thorough_up_to: int = 40  # beyond, groups and clusters are tried in fewer ways
     search_evaluations: int = 250  # layouts tried by local search in larger swarms
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import LayerSpan
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
-
 _MAX_CANDIDATES = 64
 
 

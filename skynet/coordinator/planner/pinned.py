@@ -54,7 +54,7 @@ def _starts(swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...]) -> Ite
     """Near groups of like speed; the roomiest workers in a row; and these dealt out so that rooms are alike."""
     largest, count = max(sizes), sum(sizes)
     cut = [m for site in sites(swarm, workers) for m in cut_site(swarm, site, largest)]
-    cut.sort(key=lambda m: (-len(m), swarm.group(m).options()[0].prefix[-1], m))
+    cut.sort(key=lambda m: (-len(m), swarm.group(m).pace_s, m))
     yield _dealt(swarm, [worker for members in cut for worker in members][:count], sizes)
     by_room = sorted(workers, key=lambda m: (-swarm.memory[m], -swarm.read_rate[m], m))[:count]
     yield _dealt(swarm, list(swarm.canonical(by_room)), sizes)

@@ -12,7 +12,6 @@ from skynet.coordinator.planner.sites import cut_site, sites
 Replicas = tuple[Chain, ...]
 
 _SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
-_FEW_WORKERS = 40
 _TRADES = 30
 
 
@@ -28,7 +27,7 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
         return list(_all_divisions(search, tuple(workers)))
     found: list[Replicas] = [] if whole is None else [(whole,)]
     size, clusters = 1, 0
-    for _ in range(6 if len(workers) <= _FEW_WORKERS else 2):
+    for _ in range(1 if search.swarm.is_large else 6):
         replicas = _in_clusters(search, workers, size)
         if not replicas:
             break
@@ -40,9 +39,9 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
     if not found:
         return []
     best = max(found, key=rate)
-    if len(workers) <= _FEW_WORKERS:
+    if not search.swarm.is_large:
         found.append(_trade(search, best, workers))
-    return [*found, *(_trimmed(search, replicas) for replicas in found if len(workers) <= _FEW_WORKERS)]
+    return [*found, *(_trimmed(search, replicas) for replicas in found if not search.swarm.is_large)]
 
 
 def _all_divisions(search: Search, workers: tuple[int, ...]) -> Iterator[Replicas]:
@@ -78,24 +77,26 @@ def _in_clusters(search: Search, workers: Sequence[int], least: int) -> Replicas
         cluster.append(worker)
         held += swarm.memory[worker]
         if held >= need and len(cluster) >= least:
-            chain = _quick(search, cluster, len(workers))
+            chain = _quick(search, cluster)
             if chain is not None:
                 found.append(chain)
                 cluster, held = [], 0
     return tuple(found)
 
 
-def _quick(search: Search, cluster: list[int], num_workers: int) -> Chain | None:
+def _quick(search: Search, cluster: list[int]) -> Chain | None:
     """A good replica of all or some of a cluster, at a cost that a thousand workers can afford."""
     swarm = search.swarm
-    if num_workers <= _FEW_WORKERS and len(cluster) <= _SEARCHED_CLUSTER:
+    if not swarm.is_large and len(cluster) <= _SEARCHED_CLUSTER:
         return search.best(cluster)
-    tried = []
-    for size in (1, 2, 4):
-        if size <= len(cluster):
-            members = [m for site in sites(swarm, cluster) for m in cut_site(swarm, site, size)]
-            tried.append(search.try_layout(order_groups(swarm, [swarm.group(m) for m in members])))
-    return best_of(tried)
+    local = sites(swarm, cluster)
+    cuts = [[m for site in local for m in cut_site(swarm, site, size)] for size in (1, 2, 4) if size <= len(cluster)]
+    single = order_groups(swarm, [swarm.group(m) for m in cuts[0]])
+    widest = min(cuts, key=lambda members: (sum(swarm.group(m).pace_s for m in members) / len(members), members))
+    found = [search.try_layout(single)]
+    if widest is not cuts[0]:
+        found.append(search.try_layout(order_groups(swarm, [swarm.group(m) for m in widest])))
+    return best_of(found)
 
 
 def _trade(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replicas:

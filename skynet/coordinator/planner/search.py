@@ -61,49 +61,46 @@ class Search:
 
     def _selections(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Subsets that should hold the model: the fastest, the roomiest, and those close to a good one."""
-        pace = {group.members: group.options()[0].prefix[-1] for group in groups}
-        room = {group.members: group_room(group) for group in groups}
-        usable = [group for group in groups if room[group.members] > 0]
-        fast = sorted(usable, key=lambda g: (pace[g.members], g.members))
-        big = sorted(usable, key=lambda g: (-room[g.members], pace[g.members], g.members))
+        usable = [group for group in groups if group.room > 0]
+        fast = sorted(usable, key=lambda g: (g.pace_s, g.members))
+        big = sorted(usable, key=lambda g: (-g.room, g.pace_s, g.members))
         for order in (fast, big):
-            yield from self._prefixes(order, room)
+            yield from self._prefixes(order)
         if self.swarm.config.objective is Objective.THROUGHPUT and len(usable) <= _MAX_LOCAL_WORKERS:
             yield usable
         anchors = {g.members: g for g in (*fast[:4], *big[:2])}
         for anchor in anchors.values():
-            yield from self._prefixes(self._from_anchor(anchor, fast, room, pace), room)
+            yield from self._prefixes(self._from_anchor(anchor, fast))
 
-    def _prefixes(self, order: list[Group], room: dict[tuple[int, ...], int]) -> Iterator[list[Group]]:
+    def _prefixes(self, order: list[Group]) -> Iterator[list[Group]]:
         """The shortest prefix with room for all layers, and longer ones in case embedding and head don't fit."""
         held, num_layers = 0, self.swarm.spec.num_layers
+        extras = (0, 1, 3) if not self.swarm.is_large else (0, 2)
         for count, group in enumerate(order, 1):
-            held += room[group.members]
+            held += group.room
             if held >= num_layers:
-                for extra in (0, 1, 3):
+                for extra in extras:
                     if count + extra <= len(order):
                         yield order[: count + extra]
                 return
 
-    def _from_anchor(
-        self, anchor: Group, fast: list[Group], room: dict[tuple[int, ...], int], pace: dict[tuple[int, ...], float]
-    ) -> list[Group]:
+    def _from_anchor(self, anchor: Group, fast: list[Group]) -> list[Group]:
         """Always the group that adds least time per layer next, the hop to it included."""
         swarm, num_layers = self.swarm, self.swarm.spec.num_layers
         near = {worker for m in anchor.members for worker in swarm.links.near[m]}
         close = [g for g in fast[_POOL:] if near.intersection(g.members)][:_POOL]
         pool = {g.members: g for g in (*fast[:_POOL], *close) if g is not anchor}
-        chosen, held = [anchor], room[anchor.members]
+        chosen, held = [anchor], anchor.room
         while held < num_layers + 4 and pool:
             left, last = max(1, num_layers - held), chosen[-1]
 
             def added(g: Group, left: int = left, last: Group = last) -> tuple[float, tuple[int, ...]]:
-                return pace[g.members] / num_layers + g.hop_cost(last) / min(left, room[g.members]), g.members
+                return g.pace_s + g.hop_cost(last) / min(left, g.room), g.members
 
             following = min(pool.values(), key=added)
             del pool[following.members]
             chosen.append(following)
-            held += room[following.members]
+            held += following.room
         return chosen
 
     def _last_resort(self, workers: Sequence[int]) -> Chain | None:
@@ -167,15 +164,6 @@ def best_of(chains: Iterable[Chain | None]) -> Chain | None:
     """Least value, then fewest workers, then the first by layout."""
     found = [chain for chain in chains if chain is not None]
     return min(found, key=lambda c: (c.value, c.num_workers, c.arrangement)) if found else None
-
-
-def group_room(group: Group) -> int:
-    """Most layers the group can hold in the middle of a pipeline."""
-    num_layers = group.swarm.spec.num_layers
-    return max(
-        num_layers if option.fits_whole else max(i - low for i, low in enumerate(option.low))
-        for option in group.options()
-    )
 
 
 def order_groups(swarm: Swarm, groups: Sequence[Group]) -> Arrangement:

@@ -59,7 +59,7 @@ def group_lists(swarm: Swarm, workers: Sequence[int]) -> Iterator[list[tuple[int
 
 def _pace(swarm: Swarm, groups: Iterable[tuple[int, ...]]) -> float:
     """Cost per layer of a site's best group; what the others could add doesn't count."""
-    return min(swarm.group(members).options()[0].prefix[-1] for members in groups)
+    return min(swarm.group(members).pace_s for members in groups)
 
 
 def cut_site(swarm: Swarm, site: Sequence[int], size: int) -> list[tuple[int, ...]]:

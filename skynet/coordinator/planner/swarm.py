@@ -87,6 +87,9 @@ class Swarm:
         self.replica_bytes = held_bytes(
             self.costs, everything, self.whole, self.min_tokens
         )  # the least one replica takes
+        self.is_large = len(self.ids) > config.thorough_up_to
+        self.layer_flops = sum(self.costs.layer_flops(self.whole, bool(spec.moe_layers)))
+        self.layer_read_bytes = sum(self.costs.layer_read_bytes(self.whole, bool(spec.moe_layers), 1))
         self.share_cache: dict[tuple[float, ...], tuple[RankShare, ...]] = {}
         self._groups: dict[tuple[int, ...], Group] = {}
 
@@ -171,6 +174,27 @@ class Group:
                 rate / (hosts.count(h) if h else 1) for rate, h in zip(self.read_rates, hosts, strict=True)
             ]
 
+    @cached_property
+    def pace_s(self) -> float:
+        """Roughly what a layer costs here by the objective; without splitting anything, so for ranking only."""
+        swarm, config = self.swarm, self.swarm.config
+        read, flops = sum(self.read_rates), sum(swarm.flops_rate[m] for m in self.members)
+        overhead = max(swarm.overhead_s[m] for m in self.members)
+
+        def step(tokens: int) -> float:
+            matrices = phase_s(swarm.layer_read_bytes, swarm.layer_flops, tokens, read, flops)
+            return matrices + overhead + 2 * self.exchange_s(tokens)
+
+        if config.objective is Objective.THROUGHPUT:
+            return step(config.batch)
+        return step(1) + step(config.prompt_tokens) / config.answer_tokens
+
+    @cached_property
+    def room(self) -> int:
+        """Roughly the most layers it can hold."""
+        lent = sum(self.swarm.memory[m] for m in self.members)
+        return min(self.swarm.spec.num_layers, lent * self.swarm.spec.num_layers // self.swarm.replica_bytes)
+
     def exchange_s(self, tokens: int) -> float:
         """One all-reduce of hidden states: every rank to every other, or reduce-scatter and all-gather when large."""
         ranks = len(self.members)
@@ -246,6 +270,8 @@ class Group:
         most = min(num_layers, int(sum(swarm.memory[m] for m in self.members) / layer_bytes))
         reached = max((n for n in range(num_layers) if by_speed.fits(0, n + 1)), default=-1) + 1
         targets = [LayerSpan(0, num_layers)]
+        if swarm.is_large:
+            return [*targets, *([LayerSpan(1, most)] if reached < most - 1 < num_layers - 1 else [])]
         for count in sorted({most, most - 1, (most + reached + 1) // 2}, reverse=True):
             if reached < count < num_layers:
                 targets += [LayerSpan(0, count), LayerSpan(num_layers - count, num_layers)]

@@ -101,8 +101,9 @@ def render_plan(plan: Plan) -> str:
     for number, replica in enumerate(plan.replicas):
         p = replica.prediction
         lines.append(
-            f"replica {number}: layout {replica.layout} (ranks x stages), "
-            f"prefill {p.prefill_tokens_per_s:.1f} tokens/s, decode {p.decode_tokens_per_s:.1f} tokens/s, {p.batch_tokens_per_s:.1f} with {p.sequences} sequences, "
+            f"replica {number}: layout {replica.layout} (ranks x stages);"
+            f" prefill {p.prefill_tokens_per_s:.1f} tokens/s, decode {p.decode_tokens_per_s:.1f} tokens/s, "
+            f"{p.batch_tokens_per_s:.1f} with {p.sequences} sequences, "
             f"KV for {replica.num_blocks * plan.block_size} tokens"
         )
         rows = [("stage", "layers", "rank", "worker", "heads", "mlp", "weights", "KV cache", "lent")]

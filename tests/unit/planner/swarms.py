@@ -1,0 +1,121 @@
+"""Random models and swarms for planner tests and benchmarks, the same for the same seed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from skynet.models.spec import ModelSpec
+from skynet.protocol.ids import WorkerId
+from skynet.protocol.profile import LinkProfile, WorkerProfile
+
+Workers = dict[WorkerId, WorkerProfile]
+
+
+def worker(memory_bytes: int, bandwidth: float = 1e10, flops: float = 4e11, host_id: str = "") -> WorkerProfile:
+    return WorkerProfile(
+        device="cpu",
+        device_name="test",
+        threads=1,
+        memory_bytes=memory_bytes,
+        weight_bytes_per_s={"float32": bandwidth, "bfloat16": bandwidth},
+        matmul_flops_per_s={"float32": flops, "bfloat16": flops},
+        layer_overhead_s=0.0002,
+        host_id=host_id,
+    )
+
+
+def small_spec(rng: random.Random, max_layers: int = 6) -> ModelSpec:
+    """A model of a few layers, its dimensions drawn; large enough that bytes matter beside overheads."""
+    layers = rng.randint(1, max_layers)
+    kv_heads = rng.choice([1, 2, 4, 8])
+    is_moe = rng.random() < 0.25
+    moe_layers = tuple(i for i in range(layers) if rng.random() < 0.6) if is_moe else ()
+    return ModelSpec(
+        model_type="qwen3_moe" if is_moe else rng.choice(["llama", "qwen2", "qwen3"]),
+        num_layers=layers,
+        hidden_size=rng.choice([512, 1024, 2048]),
+        num_heads=kv_heads * rng.choice([1, 2, 4]),
+        num_kv_heads=kv_heads,
+        head_size=rng.choice([64, 128]),
+        intermediate_size=rng.choice([1408, 3072, 5632]),
+        vocab_size=rng.choice([1000, 16384, 50257]),
+        max_positions=rng.choice([512, 4096]),
+        is_tied=rng.random() < 0.5,
+        num_experts=8 if is_moe else 0,
+        experts_per_token=2 if is_moe else 0,
+        expert_intermediate_size=768 if is_moe else 0,
+        moe_layers=moe_layers,
+    )
+
+
+def large_spec(num_layers: int = 80) -> ModelSpec:
+    """Llama 70B's dimensions: 141 GB in bf16."""
+    return ModelSpec(
+        model_type="llama",
+        num_layers=num_layers,
+        hidden_size=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        head_size=128,
+        intermediate_size=28672,
+        vocab_size=128256,
+        max_positions=8192,
+    )
+
+
+def random_workers(rng: random.Random, count: int, need_bytes: int) -> Workers:
+    """Unlike machines whose memory together is between half and four times what the model needs."""
+    total = need_bytes * rng.choice([0.6, 1.05, 1.3, 2.0, 4.0])
+    parts = [rng.uniform(0.3, 1.0) for _ in range(count)]
+    return {
+        WorkerId(f"w{i:04d}"): worker(
+            int(total * part / sum(parts)),
+            bandwidth=rng.choice([5e9, 1e10, 2e10, 1e11]) * rng.uniform(0.8, 1.2),
+            flops=rng.choice([2e11, 1e12, 1e13]),
+        )
+        for i, part in enumerate(parts)
+    }
+
+
+def random_links(rng: random.Random, workers: Workers, known: float = 1.0) -> list[LinkProfile]:
+    """Machines on one to three sites: near inside, far between; a fraction `known` of the pairs is measured."""
+    places = {worker_id: rng.randrange(rng.randint(1, 3)) for worker_id in sorted(workers)}
+    links = []
+    for a, b in itertools.combinations(sorted(workers), 2):
+        if rng.random() < known:
+            is_near = places[a] == places[b]
+            round_trip = rng.choice([5e-5, 2e-4, 1e-3]) if is_near else rng.choice([2e-3, 2e-2])
+            links.append(
+                LinkProfile(a=a, b=b, round_trip_s=round_trip, bandwidth_bytes_per_s=rng.choice([1e7, 1e8, 1e9]))
+            )
+    return links
+
+
+def large_swarm(num_workers: int, seed: int = 0) -> tuple[Workers, list[LinkProfile]]:
+    """Sites of up to 12 machines; each worker measured its link to the coordinator and to at most 8 near candidates."""
+    rng = random.Random(seed)
+    workers: Workers = {}
+    links: dict[tuple[str, str], LinkProfile] = {}
+    site: list[WorkerId] = []
+    to_coordinator = 0.01
+    for i in range(num_workers):
+        if not site or len(site) >= rng.randint(1, 12):
+            site, to_coordinator = [], rng.choice([0.0005, 0.004, 0.01, 0.03])
+        worker_id = WorkerId(f"w{i:04d}")
+        workers[worker_id] = worker(
+            rng.choice([4, 8, 16, 24, 48]) << 30,
+            bandwidth=rng.choice([1e10, 3e10, 3e11, 9e11]) * rng.uniform(0.8, 1.2),
+            flops=rng.choice([3e11, 1e12, 5e13]),
+        )
+        for other in site[-8:]:
+            round_trip = rng.choice([1e-4, 2e-4, 5e-4])
+            links[other, worker_id] = LinkProfile(
+                a=other, b=worker_id, round_trip_s=round_trip, bandwidth_bytes_per_s=rng.choice([1e8, 1e9])
+            )
+        coordinator = WorkerId("coordinator")
+        links["coordinator", worker_id] = LinkProfile(
+            a=coordinator, b=worker_id, round_trip_s=to_coordinator, bandwidth_bytes_per_s=3e7
+        )
+        site.append(worker_id)
+    return workers, list(links.values())

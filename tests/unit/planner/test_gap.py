@@ -1,0 +1,101 @@
+"""How far the planner's choice is from an exhaustive search over layouts, allotments and shares."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from skynet.coordinator.planner import Objective, Plan, PlannerConfig, plan
+from skynet.coordinator.planner.swarm import Swarm
+from skynet.errors import CapacityError
+from skynet.models.costs import model_costs
+from skynet.models.fit import held_bytes
+from skynet.models.split import whole_share
+from skynet.protocol.plan import LayerSpan
+
+from .exhaustive import best_value
+from .swarms import random_links, random_workers, small_spec
+
+
+def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | None:
+    """Relative excess of the chosen plan's value over the least one; None where nothing fits."""
+    rng = random.Random(seed)
+    spec = small_spec(rng, max_layers=4 if num_workers > 3 else 6)
+    config = PlannerConfig(
+        objective=rng.choice([Objective.LATENCY, Objective.MEMORY]), min_context_tokens=512, exact_up_to=exact_up_to
+    )
+    need = held_bytes(model_costs(spec), LayerSpan(0, spec.num_layers), whole_share(spec), 512)
+    workers = random_workers(rng, num_workers, need)
+    links = random_links(rng, workers)
+    least = best_value(Swarm(spec, workers, links, config), cells)
+    try:
+        found = plan(spec, workers, links, config)
+    except CapacityError:
+        assert least is None, f"seed {seed}: a plan exists"
+        return None
+    if least is None:  # the planner's shares are finer than the grid
+        return 0.0
+    value = _token_s(found)
+    if config.objective is Objective.MEMORY:
+        value += _bytes(found)
+    return value / least - 1
+
+
+def distribution(seeds: range, num_workers: int, exact_up_to: int, cells: int) -> list[float]:
+    found = [gap(seed, num_workers, exact_up_to, cells) for seed in seeds]
+    gaps = sorted(g for g in found if g is not None)
+    assert len(gaps) > len(seeds) / 3
+    return gaps
+
+
+@pytest.mark.parametrize("exact_up_to", [4, 0], ids=["exact", "heuristic"])
+def test_plans_of_small_swarms_are_within_five_percent_of_the_best(exact_up_to: int) -> None:
+    gaps = distribution(range(60), 2, exact_up_to, 8) + distribution(range(100, 112), 3, exact_up_to, 6)
+    assert statistics.median(gaps) <= 0.03
+    assert statistics.quantiles(gaps, n=20)[-1] <= 0.05
+
+
+@pytest.mark.long
+def test_plans_of_more_small_swarms_are_within_five_percent_of_the_best() -> None:
+    gaps = distribution(range(1000, 1300), 3, 4, 6) + distribution(range(2000, 2030), 4, 4, 4)
+    assert statistics.quantiles(gaps, n=20)[-1] <= 0.05
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_construction_and_local_search_come_close_to_trying_every_layout(objective: Objective) -> None:
+    """In four-worker swarms, with the exhaustive part of the planner switched off."""
+    ratios = []
+    for seed in range(500, 530):
+        rng = random.Random(seed)
+        spec = small_spec(rng)
+        config = PlannerConfig(objective=objective, min_context_tokens=512)
+        need = held_bytes(model_costs(spec), LayerSpan(0, spec.num_layers), whole_share(spec), 512)
+        workers = random_workers(rng, 4, need)
+        links = random_links(rng, workers)
+        try:
+            exact = plan(spec, workers, links, config)
+        except CapacityError:
+            continue
+        quick = plan(spec, workers, links, replace(config, exact_up_to=0))
+        match objective:
+            case Objective.THROUGHPUT:
+                ratios.append(exact.batch_tokens_per_s / quick.batch_tokens_per_s)
+            case Objective.LATENCY:
+                ratios.append(_token_s(quick) / _token_s(exact))
+            case Objective.MEMORY:
+                ratios.append(_bytes(quick) / _bytes(exact))
+    assert len(ratios) > 10
+    assert statistics.median(ratios) <= 1.02
+    assert statistics.quantiles(ratios, n=20)[-1] <= 1.1
+
+
+def _token_s(found: Plan) -> float:
+    prediction = found.replicas[0].prediction
+    return 1 / prediction.decode_tokens_per_s + 512 / prediction.prefill_tokens_per_s / 128
+
+
+def _bytes(found: Plan) -> int:
+    return sum(r.weight_bytes + r.kv_bytes for replica in found.replicas for s in replica.stages for r in s.ranks)
