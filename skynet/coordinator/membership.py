@@ -32,6 +32,8 @@ class Member:
     state: WorkerState = WorkerState.READY
     memory_used_bytes: int = 0
     steps_done: int = 0
+    weight_bytes: int = 0  # of the shard it holds, as it reported
+    kv_bytes: int = 0
     loading: LoadProgress | None = None
     unfit_reason: str | None = None  # why it couldn't hold its shard; taken back when it rejoins
     bad_chunks: int = 0  # how often a peer caught it sending bytes that don't match their hash

@@ -273,9 +273,11 @@ class Submit:
     ignore_eos: bool = False
     timeout_s: float = 300.0  # how long it may wait for workers
     received: tuple[int, ...] = ()  # token ids the client already has
+    model: str | None = None  # refuse to run on another one
 
     def __post_init__(self) -> None:
         check_size("request id", self.request_id, 64)
+        check_size("model", self.model or "", 1024)
         if (self.prompt is None) == (not self.messages):
             raise ValueError("a request has either a prompt or messages")
         check_size("prompt", self.prompt or "", MAX_TEXT_BYTES)
@@ -309,10 +311,14 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetStatus:
-    """Client -> coordinator: what is there and what it does; answered by one Answer."""
+    """Client -> coordinator: what is there and what it does; answered by one Answer.
+
+    The status carries a revision; the answer waits up to 5 s for a newer one than `newer_than`.
+    """
 
     kind: ClassVar[str] = "get_status"
     request_id: RequestId
+    newer_than: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

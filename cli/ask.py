@@ -1,0 +1,210 @@
+"""`skynet infer`, `chat`, `status` and `plan`: what asks a running swarm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from .common import cache_dir, config_dir, coordinator_from_environment, fail, hub_endpoint, run_async
+
+Coordinator = Annotated[
+    str | None, typer.Option("--coordinator", help="HOST or HOST:PORT, when it isn't found by itself.")
+]
+SwarmName = Annotated[str | None, typer.Option("--swarm", help="Which swarm, when several are found.")]
+Invite = Annotated[str | None, typer.Option("--invite", help="An invite, the first time, where the swarm wants one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(
+        help="Complete a prompt; text goes to stdout as it comes, figures to stderr.\n\n"
+        'Example: skynet infer "Once upon a time" --max-tokens 80 --temperature 0.7 --seed 1'
+    )(infer)
+    app.command(help="Talk with the model, turn by turn.\n\nExample: skynet chat --temperature 0.7")(chat)
+    app.command(help="Show workers, what they hold and how fast they are.\n\nExample: skynet status --watch")(status)
+    app.command(
+        help="Show how a model would be laid out, without loading anything.\n\n"
+        "Example: skynet plan --model Qwen/Qwen3-0.6B --workers swarm.yaml"
+    )(plan)
+
+
+def _client_config(coordinator: str | None, swarm: str | None, invite: str | None) -> object:
+    from skynet.client.swarm import ClientConfig
+
+    return ClientConfig(
+        coordinator=coordinator or coordinator_from_environment(),
+        swarm=swarm,
+        invite=invite,
+        config_dir=config_dir(),
+    )
+
+
+def infer(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Choose among so many likeliest tokens. 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with text, token ids and figures.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Refuse to answer if the swarm runs another model.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a coordinator or for enough workers.")] = 300.0,
+    coordinator: Coordinator = None,
+    swarm: SwarmName = None,
+    invite: Invite = None,
+) -> None:
+    from skynet.client.swarm import Completion, Swarm
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    async def run() -> None:
+        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+            completion = Completion(
+                prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                stop=tuple(stop or ()), timeout_s=timeout, model=model,
+            )  # fmt: skip
+            answer = await _stream(connected, completion, is_quiet=as_json)
+        if as_json:
+            typer.echo(json.dumps(answer))
+
+    try:
+        run_async(run())
+    except Exception as exc:
+        fail(exc)
+
+
+async def _stream(swarm: object, completion: object, is_quiet: bool) -> dict[str, object]:
+    """Print an answer as it comes, then its figures on stderr."""
+    from skynet.client.swarm import Completion, Swarm
+
+    assert isinstance(swarm, Swarm)
+    assert isinstance(completion, Completion)
+    answer = swarm.complete(completion)
+    async for event in answer:
+        if event.notice is not None:
+            typer.echo(f"[{event.notice}]", err=True)
+        elif event.text and not is_quiet:
+            typer.echo(event.text, nl=False)
+            sys.stdout.flush()
+    figures = answer.figures()
+    if not is_quiet:
+        typer.echo()
+        typer.echo(
+            f"{figures['completion_tokens']} tokens, {figures['tokens_per_s']:.1f} tokens/s, "
+            f"first token after {figures['first_token_s']:.2f} s ({figures['finish_reason']})",
+            err=True,
+        )
+    return figures
+
+
+def chat(
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Equal seeds and inputs give equal conversations.")] = 0,
+    coordinator: Coordinator = None,
+    swarm: SwarmName = None,
+    invite: Invite = None,
+) -> None:
+    from skynet.client.swarm import Completion, Swarm
+    from skynet.protocol.messages import ChatMessage
+
+    async def run() -> None:
+        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+            turns = [ChatMessage(role="system", content=system)] if system else []
+            typer.echo("Type a message; an empty line or Ctrl-D ends.", err=True)
+            while line := await _read_line():
+                turns.append(ChatMessage(role="user", content=line))
+                completion = Completion(
+                    messages=tuple(turns), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+                )
+                figures = await _stream(connected, completion, is_quiet=False)
+                turns.append(ChatMessage(role="assistant", content=str(figures["text"])))
+
+    try:
+        run_async(run())
+    except Exception as exc:
+        fail(exc)
+
+
+async def _read_line() -> str:
+    """One line from the user, without blocking the loop; empty at the end of input."""
+    import asyncio
+
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False, err=True)
+    return (await asyncio.to_thread(sys.stdin.readline)).strip()
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until interrupted.")] = False,
+    coordinator: Coordinator = None,
+    swarm: SwarmName = None,
+    invite: Invite = None,
+) -> None:
+    from skynet.client.swarm import Swarm
+
+    from .tables import render_status
+
+    async def run() -> None:
+        import asyncio
+
+        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+            while True:
+                facts = await connected.status()
+                if as_json:
+                    typer.echo(json.dumps(facts))
+                else:
+                    if watch:
+                        typer.clear()
+                    typer.echo(render_status(facts))
+                if not watch:
+                    return
+                await asyncio.sleep(1)
+
+    try:
+        run_async(run())
+    except Exception as exc:
+        fail(exc)
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Directory, hub id, or `embedded`.")] = "embedded",
+    workers: Annotated[
+        str | None, typer.Option(help="YAML file that describes workers. Default: the running swarm's.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="latency, throughput or memory.")] = "latency",
+    layout: Annotated[str | None, typer.Option(help="Pin the layout, for example 2x3.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    coordinator: Coordinator = None,
+    swarm: SwarmName = None,
+    invite: Invite = None,
+) -> None:
+    from skynet.client.planning import plan_for
+    from skynet.client.swarm import Swarm
+
+    async def run() -> str:
+        profiles = None
+        if workers is None:
+            async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+                profiles = await connected.profiles()
+        return plan_for(
+            model, workers, profiles, objective=objective, layout=layout, dtype=dtype, as_json=as_json,
+            cache_dir=cache_dir(), hub_endpoint=hub_endpoint(),
+        )  # fmt: skip
+
+    try:
+        typer.echo(run_async(run()))
+    except Exception as exc:
+        fail(exc)

@@ -1,0 +1,153 @@
+"""`skynet coordinator`, `skynet worker` and `skynet demo`: what runs until it is stopped."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import (
+    cache_dir,
+    config_dir,
+    coordinator_from_environment,
+    fail,
+    hub_endpoint,
+    parse_size,
+    run_async,
+    set_up_logging,
+)
+
+Verbosity = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(
+        help="Run the head of a swarm: finds workers, splits the model, answers clients.\n\n"
+        "Example: skynet coordinator --model Qwen/Qwen3-0.6B --layout 2x2"
+    )(coordinator)
+    app.command(
+        help="Lend this machine to a swarm; without options it finds one on the local network.\n\n"
+        "Example: skynet worker --gpu 0 --memory 8GiB"
+    )(worker)
+    app.command(
+        help="Start a swarm of several workers on this machine, show it, stream one answer and stop everything.\n\n"
+        'Example: skynet demo "Once upon a time" --layout 2x2'
+    )(demo)
+
+
+def coordinator(
+    model: Annotated[
+        str, typer.Option(help="Directory, hub id, or `embedded` for the small model that ships with us.")
+    ] = "embedded",
+    name: Annotated[str, typer.Option(help="The swarm's name on the local network.")] = "skynet",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = None,
+    objective: Annotated[str, typer.Option(help="What plans aim for: latency, throughput or memory.")] = "latency",
+    layout: Annotated[
+        str | None, typer.Option(help="Pin the layout, tensor-parallel x pipeline, for example 2x3. Default: planned.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache every replica must hold. Default: up to 2048.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(help="TCP port for newcomers; the other ports are chosen freely. 0: any.")
+    ] = 47100,
+    bind: Annotated[
+        list[str] | None, typer.Option(help="Listen on this address instead of the local networks; forces invites.")
+    ] = None,
+    admission: Annotated[str, typer.Option(help="Who may enter: lan, approve or invite.")] = "lan",
+    mdns: Annotated[bool, typer.Option(help="Announce the swarm on the local network.")] = True,
+    database: Annotated[
+        str | None, typer.Option(help="SQLAlchemy URL of the state store. Default: SQLite beside the keys.")
+    ] = None,
+    lease_s: Annotated[float, typer.Option(help="Seconds after which a silent worker counts as lost.")] = 4.0,
+    log_level: Verbosity = "info",
+) -> None:
+    set_up_logging(log_level)
+    from skynet.coordinator.server import CoordinatorConfig, serve
+
+    try:
+        config = CoordinatorConfig(
+            model=model,
+            name=name,
+            dtype=dtype,
+            objective=objective,
+            layout=layout,
+            context_tokens=context,
+            port=port,
+            bind=tuple(bind or ()),
+            admission=admission,
+            mdns=mdns,
+            database=database,
+            lease_s=lease_s,
+            config_dir=config_dir(),
+            cache_dir=cache_dir(),
+            hub_endpoint=hub_endpoint(),
+        )
+        run_async(serve(config))
+    except Exception as exc:
+        fail(exc)
+
+
+def worker(
+    gpu: Annotated[int | None, typer.Option(help="CUDA device number; the same as --device cuda:N.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda:N. Default: the first CUDA device, else the CPU.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with. Default: all cores.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="The most memory this worker takes, for example 8GiB. Default: 80% of what is free."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Keeps several workers of one machine apart. Default: the device.")
+    ] = None,
+    coordinator: Annotated[str | None, typer.Option(help="HOST or HOST:PORT, when it isn't found by itself.")] = None,
+    swarm: Annotated[str | None, typer.Option(help="Which swarm, when several are found.")] = None,
+    invite: Annotated[str | None, typer.Option(help="An invite printed by `skynet invite create`.")] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(help="Further addresses under which peers reach this machine.")
+    ] = None,
+    experimental: Annotated[bool, typer.Option(help="Allow devices that nobody has tested.")] = False,
+    log_level: Verbosity = "info",
+) -> None:
+    set_up_logging(log_level)
+    from skynet.errors import ConfigError
+    from skynet.worker.agent import WorkerConfig, serve
+
+    try:
+        if gpu is not None and device is not None:
+            raise ConfigError("--gpu and --device both name a device; give one of them")
+        config = WorkerConfig(
+            device=f"cuda:{gpu}" if gpu is not None else device,
+            threads=threads,
+            memory_bytes=parse_size(memory),
+            name=name,
+            coordinator=coordinator or coordinator_from_environment(),
+            swarm=swarm,
+            invite=invite,
+            listen=tuple(listen or ()),
+            is_experimental=experimental,
+            config_dir=config_dir(),
+            cache_dir=cache_dir(),
+            hub_endpoint=hub_endpoint(),
+        )
+        run_async(serve(config))
+    except Exception as exc:
+        fail(exc)
+
+
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to continue.")] = "Once upon a time",
+    layout: Annotated[str, typer.Option(help="Tensor-parallel x pipeline; so many workers are started.")] = "2x2",
+    model: Annotated[str, typer.Option(help="Directory or hub id. Default: the embedded model.")] = "embedded",
+    max_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 120,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 1,
+) -> None:
+    from .demo import run_demo
+
+    try:
+        run_async(run_demo(prompt, layout, model, max_tokens, temperature, seed))
+    except Exception as exc:
+        fail(exc)

@@ -1,0 +1,346 @@
+"""The swarm client: finds the coordinator, asks, streams answers, and goes on when the coordinator comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from skynet import errors
+from skynet.errors import RequestFailed, SkyNetError
+from skynet.protocol.control import ControlLink, LinkLost
+from skynet.protocol.entrance import EntranceConfig, enter
+from skynet.protocol.ids import RequestId
+from skynet.protocol.messages import (
+    TO_CLIENT,
+    AdminMessage,
+    Answer,
+    Cancel,
+    ChatMessage,
+    Evicted,
+    Failed,
+    Finished,
+    GetProfiles,
+    GetStatus,
+    Notice,
+    Pong,
+    Submit,
+    ToClient,
+    Tokens,
+)
+from skynet.protocol.roles import Role
+from skynet.protocol.steps import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S: Final = 10.0  # a question is answered within this
+MAX_BACKLOG: Final = 100_000  # messages of one answer that its reader hasn't taken yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Where the swarm is and who we are."""
+
+    coordinator: str | None = None  # HOST or HOST:PORT; None: found on the local network
+    swarm: str | None = None
+    invite: str | None = None
+    config_dir: Path
+    find_s: float = 5.0  # how long to look for a coordinator the first time
+    return_s: float = 60.0  # how long to wait for one that went away
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What to complete and how. Either a prompt, or messages of a conversation."""
+
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    timeout_s: float = 300.0
+    model: str | None = None  # refuse to run on another one
+
+    def submit(self, request_id: RequestId, received: tuple[int, ...]) -> Submit:
+        """The message. Raises ConfigError naming the value that is out of range."""
+        try:
+            sampling = SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+            return Submit(
+                request_id=request_id,
+                prompt=self.prompt,
+                messages=self.messages,
+                max_tokens=self.max_tokens,
+                sampling=sampling,
+                stop=self.stop,
+                ignore_eos=self.ignore_eos,
+                timeout_s=self.timeout_s,
+                received=received,
+                model=self.model,
+            )
+        except ValueError as exc:
+            raise errors.ConfigError(str(exc)) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something new in an answer: text (perhaps empty) of new tokens, or a notice why it pauses."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    notice: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionStream:
+    """An answer as it comes: iterate over its events. Leaving the iteration early cancels the request."""
+
+    swarm: Swarm
+    completion: Completion
+    request_id: RequestId
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: Finished | None = None
+    token_times: list[float] = field(default_factory=list)  # when each token came, in seconds from the start
+    _tail_sent: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        started = time.perf_counter()
+        try:
+            async for message in self.swarm.stream(self.request_id, self._submit):
+                match message:
+                    case Tokens():
+                        fresh = self._fresh(message)
+                        if fresh is not None:
+                            self.token_times += [time.perf_counter() - started] * len(fresh.token_ids)
+                            yield fresh
+                    case Notice():
+                        yield Event(notice=message.text)
+                    case Finished():
+                        self.finished = message
+                        return
+        finally:
+            if self.finished is None:
+                await self.swarm.cancel(self.request_id)
+
+    def _submit(self) -> Submit:
+        return self.completion.submit(self.request_id, tuple(self.token_ids))
+
+    def _fresh(self, message: Tokens) -> Event | None:
+        """What of a message is new: after a reconnect some may come twice."""
+        if message.token_ids and message.position != len(self.token_ids):
+            return None
+        if not message.token_ids:
+            if self._tail_sent:
+                return None
+            self._tail_sent = True
+        self.token_ids += message.token_ids
+        self.text += message.text
+        return Event(message.text, message.token_ids)
+
+    def figures(self) -> dict[str, Any]:
+        """Text, ids and speed, for people and scripts."""
+        times = self.token_times
+        decoding_s = times[-1] - times[0] if len(times) > 1 else 0.0
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finished.reason if self.finished else None,
+            "prompt_tokens": self.finished.prompt_tokens if self.finished else None,
+            "completion_tokens": len(self.token_ids),
+            "first_token_s": times[0] if times else 0.0,
+            "tokens_per_s": (len(times) - 1) / decoding_s if decoding_s > 0 else 0.0,
+            "longest_gap_s": max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0),
+        }
+
+
+class Swarm:
+    """A client of one swarm. Use it as an asynchronous context manager."""
+
+    def __init__(self, config: ClientConfig, role: Role = Role.CLIENT) -> None:
+        self._config = config
+        self._role = role
+        self._suffix = f"c-{uuid.uuid4().hex[:12]}"
+        self._link: ControlLink[ToClient] | None = None
+        self._connected = asyncio.Event()
+        self._inboxes: dict[RequestId, asyncio.Queue[ToClient | LinkLost]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._failure: SkyNetError | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._connect(self._config.find_s)
+        self._task = asyncio.create_task(self._run(), name="swarm-client")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+
+    # -- asking
+
+    def complete(self, completion: Completion) -> CompletionStream:
+        """Start a completion; iterate over what is returned."""
+        return CompletionStream(self, completion, RequestId(uuid.uuid4().hex))
+
+    async def status(self, newer_than: int = -1) -> dict[str, Any]:
+        """Workers, what they hold, speed, requests; waits a few seconds for a revision newer than the one given."""
+        return await self._ask(GetStatus(request_id=RequestId(uuid.uuid4().hex), newer_than=newer_than))
+
+    async def profiles(self) -> dict[str, Any]:
+        """Workers and links as measured."""
+        return await self._ask(GetProfiles(request_id=RequestId(uuid.uuid4().hex)))
+
+    async def command(self, message: AdminMessage) -> dict[str, Any]:
+        """Change the swarm; needs the admin role."""
+        return await self._ask(message)
+
+    async def cancel(self, request_id: RequestId) -> None:
+        """Have the coordinator stop a request; returns when it has, or after a second."""
+        if self._link is None or not self._connected.is_set():
+            return
+        inbox = self._open(request_id)
+        self._link.send(Cancel(request_id=request_id))
+        try:
+            async with asyncio.timeout(1.0):
+                while not isinstance(await inbox.get(), Finished | Failed | LinkLost):
+                    pass
+        except TimeoutError:
+            logger.debug("cancel not confirmed request=%s", request_id)
+        finally:
+            self._inboxes.pop(request_id, None)
+
+    async def _ask(self, message: GetStatus | GetProfiles | AdminMessage) -> dict[str, Any]:
+        inbox = self._open(message.request_id)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._connected.wait()
+                assert self._link is not None
+                self._link.send(message)
+                while True:
+                    answer = await inbox.get()
+                    match answer:
+                        case Answer():
+                            body = json.loads(answer.body)
+                            return body if isinstance(body, dict) else {"answer": body}
+                        case Failed():
+                            raise as_error(answer)
+                        case LinkLost():
+                            raise errors.WorkerLost("the coordinator went away before it answered; try again")
+        except TimeoutError as exc:
+            raise errors.WorkerTimeout(f"the coordinator didn't answer within {ANSWER_S:.0f} s") from exc
+        finally:
+            self._inboxes.pop(message.request_id, None)
+
+    async def stream(self, request_id: RequestId, submit: Any) -> AsyncIterator[Tokens | Notice | Finished]:
+        """Messages of one request; after a loss of the coordinator it is submitted again with what was received."""
+        inbox = self._open(request_id)
+        try:
+            await self._send_submit(submit())
+            while True:
+                message = await inbox.get()
+                match message:
+                    case Failed():
+                        raise as_error(message)
+                    case Tokens() | Notice():
+                        yield message
+                    case Finished():
+                        yield message
+                        return
+                    case LinkLost():
+                        yield Notice(request_id=request_id, text="the coordinator went away; waiting for it")
+                        await self._send_submit(submit())
+        finally:
+            self._inboxes.pop(request_id, None)
+
+    async def _send_submit(self, message: Submit) -> None:
+        try:
+            async with asyncio.timeout(self._config.return_s):
+                await self._connected.wait()
+        except TimeoutError as exc:
+            raise errors.DiscoveryError(
+                f"the coordinator didn't come back within {self._config.return_s:.0f} s"
+            ) from exc
+        if self._failure is not None:
+            raise self._failure
+        assert self._link is not None
+        self._link.send(message)
+
+    def _open(self, request_id: RequestId) -> asyncio.Queue[ToClient | LinkLost]:
+        inbox: asyncio.Queue[ToClient | LinkLost] = asyncio.Queue(MAX_BACKLOG)
+        self._inboxes[request_id] = inbox
+        return inbox
+
+    # -- the connection
+
+    async def _connect(self, find_s: float) -> None:
+        entrance = EntranceConfig(
+            coordinator=self._config.coordinator,
+            swarm=self._config.swarm,
+            invite=self._config.invite,
+            config_dir=self._config.config_dir,
+            find_s=find_s,
+        )
+        ticket = await enter(entrance, self._role, self._suffix)
+        self._link = await ControlLink.open(ticket, TO_CLIENT)
+        self._connected.set()
+
+    async def _run(self) -> None:
+        """Deliver messages; when the link is lost, connect again for a while."""
+        while True:
+            assert self._link is not None
+            try:
+                while True:
+                    self._deliver(await self._link.receive())
+            except LinkLost as lost:
+                self._connected.clear()
+                await self._link.close()
+                for inbox in self._inboxes.values():
+                    inbox.put_nowait(lost)
+            await self._reconnect()
+
+    async def _reconnect(self) -> None:
+        give_up = time.monotonic() + self._config.return_s
+        while time.monotonic() < give_up:
+            try:
+                await self._connect(find_s=2.0)
+            except (SkyNetError, OSError) as exc:
+                logger.debug("coordinator not back yet reason=%s", exc)
+                await asyncio.sleep(0.2)
+            else:
+                return
+        self._failure = errors.DiscoveryError(f"the coordinator didn't come back within {self._config.return_s:.0f} s")
+        self._connected.set()
+
+    def _deliver(self, message: ToClient) -> None:
+        match message:
+            case Pong():
+                pass
+            case Evicted():
+                raise LinkLost(message.reason)
+            case _:
+                inbox = self._inboxes.get(message.request_id)
+                if inbox is not None and not inbox.full():
+                    inbox.put_nowait(message)
+
+
+def as_error(failed: Failed) -> SkyNetError:
+    """The coordinator's error as the class it names, if that is one of ours."""
+    kind = getattr(errors, failed.error, None)
+    if isinstance(kind, type) and issubclass(kind, SkyNetError):
+        return kind(failed.text)
+    return RequestFailed(failed.text)

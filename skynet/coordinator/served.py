@@ -1,0 +1,128 @@
+"""The model a coordinator serves: its shape, its files by hash, its tokenizer. No tensors."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from skynet.coordinator.text import AnswerText, TextModel
+from skynet.errors import ConfigError, ModelError
+from skynet.models.checkpoint import build_manifest
+from skynet.models.config import read_spec
+from skynet.models.embedded import EMBEDDED_DIR, EMBEDDED_NAME
+from skynet.models.manifest import Manifest, encode_manifest
+from skynet.models.spec import DTYPE_BYTES, ModelSpec
+from skynet.protocol.messages import ModelRef, Submit
+from skynet.protocol.plan import Dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Everything about the model that decisions need."""
+
+    ref: ModelRef
+    spec: ModelSpec
+    text: TextModel
+    manifest: Manifest
+    directory: Path | None  # a copy on this machine
+
+    def prompt_ids(self, submit: Submit) -> list[int]:
+        """Token ids of what was submitted. Raises ConfigError for what can't be turned into any."""
+        if submit.model not in (None, self.ref.name):
+            raise ConfigError(f"this swarm runs {self.ref.name}, not {submit.model}")
+        if submit.prompt is not None:
+            ids = self.text.encode(submit.prompt)
+        else:
+            ids = self.text.encode_chat([{"role": m.role, "content": m.content} for m in submit.messages])
+        if not ids:
+            raise ConfigError("the prompt is empty; give the model at least one token to continue")
+        return ids
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.text.eos_ids
+
+    def answer_text(self, submit: Submit, prompt_ids: Sequence[int]) -> AnswerText:
+        """A fresh text of an answer to this."""
+        return self.text.answer(submit.stop, prompt_ids)
+
+
+def open_model(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ServedModel:
+    """Read what serving a model needs: a directory, a hub id, or the embedded one. Blocking; no tensors are read.
+
+    Raises ModelError naming the file and the fix; an unsupported architecture is refused before anything is hashed.
+    """
+    directory = _directory(name)
+    spec = spec_of(name, dtype, cache_dir, hub_endpoint)
+    manifest = build_manifest(directory, cache_dir, _log_progress(name))
+    encoded = encode_manifest(manifest)
+    ref = ModelRef(
+        name=name if name == EMBEDDED_NAME else str(directory.resolve()),
+        revision="",
+        digest=str(manifest.digest),
+        manifest_bytes=len(encoded),
+    )
+    return ServedModel(ref, spec, TextModel(directory), manifest, directory)
+
+
+def spec_of(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ModelSpec:
+    """A model's shape, from its config.json alone."""
+    chosen = checked_dtype(dtype)
+    config = read_config(_directory(name))
+    return read_spec(config, chosen or stored_dtype(config))
+
+
+def _directory(name: str) -> Path:
+    directory = EMBEDDED_DIR if name == EMBEDDED_NAME else Path(name).expanduser()
+    if not directory.is_dir():
+        raise ModelError(f"--model {name}: there is no such directory")
+    return directory
+
+
+def stored_dtype(config: Mapping[str, object]) -> Dtype:
+    """The type that config.json says the weights have; float32 if it doesn't say."""
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return next((name for name in DTYPE_BYTES if name == stored), "float32")
+
+
+def _log_progress(name: str) -> Callable[[int, int], None]:
+    """Say now and then how far hashing a large model is."""
+    said = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if total and done / total >= said + 0.1 and total > 1 << 30:
+            said = done / total
+            logger.info("hashing model=%s percent=%d", name, 100 * said)
+
+    return progress
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """A model's config.json. Raises ModelError naming the file."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ModelError(f"{path}: there is no such file; --model takes a directory in Hugging Face layout") from exc
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{path}: unreadable ({exc}); fetch it again") from exc
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: holds {type(config).__name__}, expected an object")
+    return cast("dict[str, object]", config)
+
+
+def checked_dtype(dtype: str | None) -> Dtype | None:
+    """An option's value. Raises ConfigError."""
+    if dtype is None:
+        return None
+    for name in DTYPE_BYTES:
+        if name == dtype:
+            return name
+    raise ConfigError(f"--dtype {dtype}: use {', '.join(DTYPE_BYTES)}")

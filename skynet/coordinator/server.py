@@ -1,0 +1,440 @@
+"""The coordinator process: listens, admits, hands messages to the engine, and answers clients and admins."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, assert_never
+
+from skynet import __version__
+from skynet.coordinator.administration import Administration
+from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
+from skynet.coordinator.engine import Engine, EngineConfig
+from skynet.coordinator.membership import Membership
+from skynet.coordinator.planner import Layout, Objective, PlannerConfig
+from skynet.coordinator.served import ServedModel, open_model
+from skynet.coordinator.sharing import ModelSharing
+from skynet.coordinator.status import describe, profiles
+from skynet.coordinator.store import Mode, Store
+from skynet.errors import ConfigError, ProtocolError, SkyNetError
+from skynet.protocol.addresses import listen_addresses, local_interfaces
+from skynet.protocol.admission import AdmissionListener
+from skynet.protocol.control import Switchboard
+from skynet.protocol.discovery import Advertiser
+from skynet.protocol.entrance import COORDINATOR
+from skynet.protocol.hello import Hello, Refused, Welcome
+from skynet.protocol.identity import ProcessKey, SwarmKey
+from skynet.protocol.ids import PeerId, WorkerId
+from skynet.protocol.messages import (
+    TO_COORDINATOR,
+    WORK_TO_COORDINATOR,
+    Aborted,
+    Answer,
+    Approve,
+    BadChunk,
+    Cancel,
+    CreateInvite,
+    Drain,
+    Evicted,
+    Failed,
+    GetProfiles,
+    GetStatus,
+    Heartbeat,
+    Join,
+    Joined,
+    Leaving,
+    Linked,
+    ListInvites,
+    ListNodes,
+    LoadProgress,
+    PeerInfo,
+    Ping,
+    Pong,
+    Prepared,
+    PrepareFailed,
+    ProbeReport,
+    Revoke,
+    RevokeInvite,
+    Submit,
+    ToClient,
+    ToCoordinator,
+    ToWorker,
+    WorkMessage,
+)
+from skynet.protocol.roles import Role, check_may_send
+from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.steps import RunStep
+
+logger = logging.getLogger(__name__)
+
+STATUS_WAIT_S = 5.0
+MAX_STATUS_WAITERS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """What to serve, to whom, and where state lies."""
+
+    model: str = "embedded"
+    name: str = "skynet"
+    dtype: str | None = None
+    objective: str = "latency"
+    layout: str | None = None
+    context_tokens: int | None = None
+    port: int = 47100
+    bind: tuple[str, ...] = ()
+    admission: str | None = None  # None: as the store remembers, `lan` at first
+    mdns: bool = True
+    database: str | None = None
+    lease_s: float = 4.0
+    config_dir: Path
+    cache_dir: Path
+    hub_endpoint: str | None = None
+
+    def planner(self) -> PlannerConfig:
+        """Raises ConfigError naming the option."""
+        try:
+            objective = Objective(self.objective)
+        except ValueError as exc:
+            raise ConfigError(f"--objective {self.objective}: use {', '.join(Objective)}") from exc
+        layout = Layout.parse(self.layout) if self.layout else None
+        if self.context_tokens is None:
+            return PlannerConfig(objective=objective, layout=layout)
+        if self.context_tokens < 1:
+            raise ConfigError(f"--context {self.context_tokens}: at least 1 token")
+        return PlannerConfig(objective=objective, layout=layout, min_context_tokens=self.context_tokens)
+
+
+async def serve(config: CoordinatorConfig) -> None:
+    """Run a coordinator until SIGINT or SIGTERM."""
+    if not 0.5 <= config.lease_s <= 3600:
+        raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
+    planner = config.planner()
+    model = await asyncio.to_thread(open_model, config.model, config.dtype, config.cache_dir, config.hub_endpoint)
+    running = asyncio.current_task()
+    assert running is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, running.cancel)
+    server = CoordinatorServer(config, planner, model)
+    try:
+        await server.run()
+    except asyncio.CancelledError:
+        logger.info("coordinator stopped")
+    finally:
+        await server.close()
+
+
+@dataclass(slots=True)
+class _Admitted:
+    """A process that was let in, until its node is revoked. Filled at admission."""
+
+    role: Role
+    curve_key: bytes
+    seen_host: str
+
+
+@dataclass(slots=True)
+class _StatusWaiter:
+    client: PeerId
+    question: GetStatus
+    until: float
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Revision of the status: grows whenever something that it shows changes."""
+
+    revision: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tick(self) -> None:
+        self.revision += 1
+        self.changed.set()
+
+
+class CoordinatorServer:
+    """See the module. Everything it starts, `close` stops."""
+
+    def __init__(self, config: CoordinatorConfig, planner: PlannerConfig, model: ServedModel) -> None:
+        self.config = config
+        self.model = model
+        directory = config.config_dir
+        self.swarm_key = SwarmKey.load_or_create(directory)
+        self.store = Store.open(config.database or directory / "coordinator.db")
+        self.store.claim(self.swarm_key.public_key, config.name)
+        interfaces = local_interfaces()
+        self.hosts: Sequence[str] = config.bind or listen_addresses(interfaces)
+        forces_invite = must_invite(config.bind, interfaces)
+        if config.admission is not None:
+            self.store.set_mode(_mode(config.admission))
+        self.gatekeeper = Gatekeeper(self.store, forces_invite=forces_invite)
+        self.process_key = ProcessKey.generate()
+        self.certificate = self.process_key.certify(self.swarm_key, self.swarm_key.public_key, time.time())
+        self.factory = SocketFactory(self.process_key.public, self.process_key.secret)
+        self.membership = Membership(lease_s=config.lease_s)
+        self._admitted: dict[PeerId, _Admitted] = {}
+        self._loop = asyncio.get_running_loop()
+        self._clock = _Clock()
+        self._status_waiters: list[_StatusWaiter] = []
+        control = self.factory.bind_router("control", self.hosts, on_disconnected=self._from_guard)
+        work = self.factory.bind_router("work", self.hosts, on_disconnected=self._from_guard)
+        self.control: Switchboard[ToCoordinator] = Switchboard(
+            self.factory.asynchronous(control), TO_COORDINATOR, self._on_control
+        )
+        self.work: Switchboard[WorkMessage] = Switchboard(
+            self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work
+        )
+        self.sharing = ModelSharing(self.factory, self.hosts, model, config.cache_dir)
+        self.ports = {"control": control.number, "work": work.number, "bulk": self.sharing.port}
+        self.listener = AdmissionListener(self.swarm_key, self._admit, self.hosts, config.port)
+        self.engine = Engine(
+            EngineConfig(planner=planner),
+            model,
+            self.membership,
+            transport=self,
+            tell=self.tell,
+            sources=lambda: (self._own_info(),),
+            start_counter=self.store.next_start(),
+            on_change=self._clock.tick,
+        )
+        self.administration = Administration(self)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self.listener.start()
+        advertiser = Advertiser(self.config.name, self.swarm_key, self.listener.port, self.hosts)
+        if self.config.mdns:
+            await advertiser.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.control.run(), name="control")
+                tasks.create_task(self.work.run(), name="work")
+                tasks.create_task(self.engine.run(), name="engine")
+                tasks.create_task(self.sharing.run(), name="sharing")
+                tasks.create_task(self.administration.run(), name="administration")
+                tasks.create_task(self._answer_status(), name="status")
+                self._greet()
+        finally:
+            await advertiser.stop()
+
+    def _greet(self) -> None:
+        """What an owner wants to know at start: where, who may enter, and the key to compare."""
+        logger.info(
+            "coordinator ready swarm=%s version=%s fingerprint=%s port=%d model=%s",
+            self.config.name, __version__, self.swarm_key.fingerprint, self.listener.port, self.model.ref.name,
+        )  # fmt: skip
+        for host in self.hosts:
+            logger.info("listening address=%s port=%d admits=%s", host, self.listener.port, self.gatekeeper.mode)
+
+    async def close(self) -> None:
+        """Stop everything; twice is fine."""
+        await self.listener.stop()
+        self.control.close()
+        self.work.close()
+        self.sharing.close()
+        self.administration.close()
+        await asyncio.to_thread(self.factory.close)
+        self.store.close()
+
+    # -- admission
+
+    async def _admit(self, hello: Hello, source: str) -> Welcome | Refused:
+        interfaces = local_interfaces()
+        decision = await asyncio.to_thread(self.gatekeeper.decide, hello, source, interfaces, time.time())
+        if isinstance(decision, Refused):
+            logger.info("refused node=%s source=%s reason=%s", hello.node_id, source, decision.reason)
+            return decision
+        self.let_in(decision, hello.certificate.curve_key)
+        return decision.welcome(self.certificate, self.ports, self.config.lease_s)
+
+    def let_in(self, decision: Admitted, curve_key: bytes) -> None:
+        """Open our sockets to this process's key."""
+        domains = {"control", "work", "bulk"} if decision.role is Role.WORKER else {"control"}
+        self.factory.allow(curve_key, decision.peer_id, domains)
+        self._admitted[decision.peer_id] = _Admitted(decision.role, curve_key, decision.source)
+        logger.info("admitted peer=%s role=%s source=%s", decision.peer_id, decision.role, decision.source)
+
+    def cut_off(self, node_id: str, reason: str) -> int:
+        """End every membership of a node at once; how many processes that were."""
+        gone = [peer for peer in self._admitted if peer.split(".")[0] == node_id]
+        for peer in gone:
+            self.control.send(peer, Evicted(reason=reason, is_final=True))
+            del self._admitted[peer]
+            self.factory.deny(peer)
+            self._gone(peer, reason)
+        return len(gone)
+
+    # -- messages in
+
+    def _on_control(self, peer: PeerId, message: ToCoordinator) -> None:
+        admitted = self._admitted.get(peer)
+        if admitted is None:
+            return
+        try:
+            check_may_send(admitted.role, message.kind)
+            self._dispatch(peer, admitted, message)
+        except SkyNetError as exc:
+            logger.warning("request refused peer=%s kind=%s reason=%s", peer, message.kind, exc)
+            request_id = getattr(message, "request_id", None)
+            if request_id is not None:
+                self.tell(peer, Failed(request_id=request_id, error=type(exc).__name__, text=str(exc)))
+            elif isinstance(exc, ProtocolError):
+                self.control.send(peer, Evicted(reason=str(exc)))
+
+    def _dispatch(self, peer: PeerId, admitted: _Admitted, message: ToCoordinator) -> None:
+        worker_id = WorkerId(peer)
+        if (
+            admitted.role is Role.WORKER
+            and not isinstance(message, Join)
+            and not self.membership.heard(worker_id, _now())
+        ):
+            self.control.send(peer, Evicted(reason="not a member any more; join again"))
+            return
+        match message:
+            case Join():
+                self._join(worker_id, admitted, message)
+            case Heartbeat():
+                member = self.membership.members[worker_id]
+                member.memory_used_bytes, member.steps_done = message.memory_used_bytes, message.steps_done
+                self.control.send(peer, Pong(nonce=0))
+            case Prepared() | PrepareFailed() | Linked() | LoadProgress():
+                self.engine.on_worker(worker_id, message)
+            case Leaving():
+                self.engine.drain(worker_id)
+            case ProbeReport():
+                self.engine.measured(worker_id, message.links)
+            case BadChunk():
+                self._note_bad_chunk(worker_id, message)
+            case Submit():
+                self.engine.submit(message, peer)
+            case Cancel():
+                self.engine.cancel(peer, message.request_id)
+            case GetStatus():
+                self._ask_status(peer, message)
+            case GetProfiles():
+                self._answer(peer, message.request_id, profiles(self.membership))
+            case CreateInvite() | ListInvites() | RevokeInvite() | ListNodes() | Approve() | Revoke() | Drain():
+                self._answer(peer, message.request_id, self.administration.carry_out(message))
+            case Ping():
+                self.control.send(peer, Pong(nonce=message.nonce))
+            case Pong():
+                self.engine.on_pong(worker_id)
+            case Aborted():
+                pass
+            case _:
+                assert_never(message)
+
+    def _join(self, worker_id: WorkerId, admitted: _Admitted, join: Join) -> None:
+        if worker_id in self.membership.members:
+            self.engine.lost(worker_id, "joined again")
+        self.membership.join(worker_id, join, admitted.curve_key, admitted.seen_host, _now())
+        profile = join.profile
+        logger.info(
+            "worker joined worker=%s device=%s memory_gib=%.2f", worker_id, profile.device, profile.memory_bytes / 2**30
+        )
+        self.control.send(PeerId(worker_id), Joined(lease_s=self.config.lease_s))
+        self.engine.joined(worker_id)
+
+    def _note_bad_chunk(self, worker_id: WorkerId, message: BadChunk) -> None:
+        culprit = self.membership.members.get(WorkerId(message.peer))
+        logger.warning("bad chunk reported by=%s from=%s chunk=%s", worker_id, message.peer, message.chunk[:64])
+        if culprit is not None:
+            culprit.bad_chunks += 1
+
+    def _on_work(self, peer: PeerId, message: WorkMessage) -> None:
+        if self.membership.heard(WorkerId(peer), _now()):
+            self.engine.on_step(WorkerId(peer), message)
+
+    def _from_guard(self, peer: PeerId, connection: int) -> None:
+        """A connection ended; called in the guard's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._disconnected, peer, connection)
+
+    def _disconnected(self, peer: PeerId, connection: int) -> None:
+        """A peer that reconnected has a newer connection, whose end this wasn't."""
+        if connection in (self.control.connection_of(peer), self.work.connection_of(peer)):
+            self._gone(peer, "its connection ended")
+
+    def _gone(self, peer: PeerId, reason: str) -> None:
+        self.control.forget(peer)
+        self.work.forget(peer)
+        self.engine.lost(WorkerId(peer), reason)
+        self.engine.client_gone(peer)
+        self._status_waiters = [w for w in self._status_waiters if w.client != peer]
+
+    # -- messages out
+
+    def send_control(self, worker_id: WorkerId, message: ToWorker) -> None:
+        self.control.send(PeerId(worker_id), message)
+
+    def send_work(self, worker_id: WorkerId, message: RunStep) -> None:
+        self.work.send(PeerId(worker_id), message)
+
+    def tell(self, client: PeerId, message: ToClient) -> None:
+        """A client that doesn't read loses its messages, and gets them again when it comes back."""
+        self.control.send(client, message)
+
+    def _answer(self, peer: PeerId, request_id: Any, body: dict[str, Any]) -> None:
+        self.tell(peer, Answer(request_id=request_id, body=json.dumps(body)))
+
+    # -- status
+
+    def _ask_status(self, client: PeerId, question: GetStatus) -> None:
+        if question.newer_than < self._clock.revision or len(self._status_waiters) >= MAX_STATUS_WAITERS:
+            self._answer(client, question.request_id, self.status())
+        else:
+            self._status_waiters.append(_StatusWaiter(client, question, _now() + STATUS_WAIT_S))
+
+    def status(self) -> dict[str, Any]:
+        """What `skynet status` shows."""
+        return describe(self, self._clock.revision)
+
+    async def _answer_status(self) -> None:
+        """Answer those who wait for news, at most twenty times a second."""
+        while True:
+            try:
+                async with asyncio.timeout(0.5):
+                    await self._clock.changed.wait()
+            except TimeoutError:
+                pass
+            self._clock.changed.clear()
+            waiting, self._status_waiters = self._status_waiters, []
+            for waiter in waiting:
+                if waiter.question.newer_than < self._clock.revision or waiter.until < _now():
+                    self._answer(waiter.client, waiter.question.request_id, self.status())
+                else:
+                    self._status_waiters.append(waiter)
+            await asyncio.sleep(0.05)
+
+    def announced_hosts(self) -> tuple[str, ...]:
+        """Where newcomers may find us: not loopback, unless there is nothing else."""
+        reachable = tuple(h for h in self.hosts if not ipaddress.ip_address(h).is_loopback)
+        return (reachable or tuple(self.hosts))[:8]
+
+    def _own_info(self) -> PeerInfo:
+        return PeerInfo(
+            peer_id=COORDINATOR,
+            curve_key=self.process_key.public,
+            hosts=tuple(self.hosts)[:16],
+            data_port=0,
+            bulk_port=self.sharing.port,
+        )
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _mode(text: str) -> Mode:
+    try:
+        return Mode(text)
+    except ValueError as exc:
+        raise ConfigError(f"--admission {text}: use {', '.join(Mode)}") from exc

@@ -1,0 +1,127 @@
+"""The status of a swarm as plain data: what `skynet status --json` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from skynet.coordinator.membership import Member, Membership
+from skynet.coordinator.replica import Phase, Replica
+from skynet.protocol.ids import WorkerId
+from skynet.protocol.plan import StageAssignment
+
+if TYPE_CHECKING:
+    from skynet.coordinator.server import CoordinatorServer
+
+
+def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
+    """Everything at once; sizes in bytes, times in the unit of their name."""
+    engine, model = server.engine, server.model
+    serving = [r for r in engine.replicas if r.phase is Phase.SERVING]
+    return {
+        "revision": revision,
+        "name": server.config.name,
+        "fingerprint": server.swarm_key.fingerprint,
+        "admission": str(server.gatekeeper.mode),
+        "epoch": str(max((r.epoch for r in serving), default="")),
+        "model": {
+            "name": model.ref.name,
+            "type": model.spec.model_type,
+            "num_layers": model.spec.num_layers,
+            "dtype": model.spec.dtype,
+            "digest": model.ref.digest,
+        },
+        "shortage": None if engine.shortage is None else str(engine.shortage),
+        "missing_bytes": 0 if engine.shortage is None else engine.shortage.missing_bytes,
+        "replicas": [_replica(r) for r in engine.replicas],
+        "reasons": list(engine.plan.reasons) if engine.plan else [],
+        "workers": [
+            _worker(m, engine.replicas, server.membership) for _, m in sorted(server.membership.members.items())
+        ],
+        "num_requests": len(engine.requests.by_id),
+        "num_queued": engine.num_queued,
+    }
+
+
+def profiles(membership: Membership) -> dict[str, Any]:
+    """Workers and links as measured, for planning elsewhere."""
+    return {
+        "workers": {w: msgspec.to_builtins(p) for w, p in membership.usable().items()},
+        "links": [msgspec.to_builtins(link) for link in membership.links.values()],
+    }
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    stats = replica.scheduler.stats()
+    return {
+        "epoch": str(replica.epoch),
+        "phase": replica.phase.name.lower(),
+        "layout": replica.plan.layout,
+        "stages": [
+            {"layers": [stage.layers.start, stage.layers.end], "workers": list(stage.worker_ids)}
+            for stage in replica.plan.stages
+        ],
+        "num_sequences": replica.scheduler.num_sequences,
+        "num_free_blocks": stats.num_free_blocks,
+        "num_preemptions": stats.num_preemptions,
+        "tokens_done": replica.tokens_done,
+        "tokens_per_s": replica.tokens_per_s,
+        "predicted_decode_tokens_per_s": replica.plan.prediction.decode_tokens_per_s,
+        "predicted_prefill_tokens_per_s": replica.plan.prediction.prefill_tokens_per_s,
+        "relayed": sorted(map(list, replica.relayed)),
+    }
+
+
+def _worker(member: Member, replicas: list[Replica], membership: Membership) -> dict[str, Any]:
+    replica = next((r for r in replicas if member.worker_id in r.assignments), None)
+    assignment = replica.assignments[member.worker_id] if replica else None
+    profile = member.join.profile
+    loading = member.loading
+    return {
+        "id": member.worker_id,
+        "pid": member.join.pid,
+        "device": profile.device,
+        "device_name": profile.device_name,
+        "threads": profile.threads,
+        "memory_bytes": profile.memory_bytes,
+        "memory_used_bytes": member.memory_used_bytes,
+        "weight_bytes": member.weight_bytes,
+        "kv_bytes": member.kv_bytes,
+        "layers": f"{assignment.layers.start}-{assignment.layers.end - 1}" if assignment else None,
+        "share": _share(assignment) if assignment else None,
+        "link_ms": _link_ms(member.worker_id, membership),
+        "tokens_per_s": replica.tokens_per_s if replica else 0.0,
+        "steps_done": member.steps_done,
+        "bad_chunks": member.bad_chunks,
+        "state": _state(member, assignment),
+        "loading": None
+        if loading is None
+        else {
+            "bytes_done": loading.bytes_done,
+            "bytes_total": loading.bytes_total,
+            "bytes_by_source": loading.bytes_by_source,
+        },
+    }
+
+
+def _share(assignment: StageAssignment) -> str:
+    """Which rank, and its part of the heads."""
+    heads = assignment.share.heads
+    return f"rank {assignment.rank + 1}/{len(assignment.group)}, {len(heads)} heads"
+
+
+def _link_ms(worker_id: WorkerId, membership: Membership) -> float | None:
+    """The slowest measured round trip to a peer."""
+    times = [link.round_trip_s for pair, link in membership.links.items() if worker_id in pair]
+    return 1000 * max(times) if times else None
+
+
+def _state(member: Member, assignment: StageAssignment | None) -> str:
+    if member.unfit_reason is not None:
+        return f"unfit: {member.unfit_reason}"
+    if member.loading is not None and member.loading.bytes_total:
+        return f"loading {100 * member.loading.bytes_done // member.loading.bytes_total}%"
+    if member.state.name == "DRAINING":
+        return "draining"
+    return "serving" if assignment else "spare"

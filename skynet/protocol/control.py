@@ -1,0 +1,141 @@
+"""Control links on an event loop: a node's one to its coordinator, and the coordinator's to all nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, Self, TypeVar
+
+from skynet.errors import ProtocolError
+from skynet.protocol.codec import Decoder, encode
+from skynet.protocol.entrance import COORDINATOR, Ticket
+from skynet.protocol.ids import PeerId
+from skynet.protocol.messages import Ping
+from skynet.protocol.sockets import AsyncPort, Received, SocketFactory
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M")
+
+
+class LinkLost(Exception):  # noqa: N818 - an event rather than an error: links come and go
+    """The connection to the coordinator ended, or it no longer counts us as a member."""
+
+
+class ControlLink(Generic[M]):
+    """A node's link to its coordinator. It belongs to one event loop; a lost one isn't mended: open another."""
+
+    def __init__(self, port: AsyncPort, kinds: tuple[type[M], ...], silence_s: float, factory: SocketFactory | None) -> None:
+        self._port = port
+        self._decoder = Decoder(*kinds)
+        self._silence_s = silence_s
+        self._own_factory = factory
+        self._lost = asyncio.Event()
+        self._nonce = 0
+
+    @classmethod
+    async def open(
+        cls, ticket: Ticket, kinds: tuple[type[M], ...], factory: SocketFactory | None = None, name: str = "control"
+    ) -> Self:
+        """Connect with the admitted key. Without a factory of the process's own it makes one, and closes it."""
+        own = None if factory else SocketFactory(ticket.process_key.public, ticket.process_key.secret)
+        used = factory or own
+        assert used is not None
+        loop = asyncio.get_running_loop()
+        lost = asyncio.Event()
+        port = used.connect_dealer(
+            ticket.endpoint(name),
+            ticket.welcome.coordinator.curve_key,
+            COORDINATOR,
+            on_disconnected=lambda _peer, _connection: _soon(loop, lost.set),
+        )
+        link = cls(used.asynchronous(port), kinds, 2 * ticket.welcome.lease_s, own)
+        link._lost = lost
+        return link
+
+    def send(self, message: Any) -> None:
+        """Queue a message; if the coordinator is gone it is dropped, and `receive` says so."""
+        self._port.send(encode(message))
+
+    async def receive(self) -> M:
+        """The next message. Raises LinkLost when the connection ends or nothing comes for two leases."""
+        while True:
+            receiving = asyncio.ensure_future(self._port.receive())
+            losing = asyncio.ensure_future(self._lost.wait())
+            try:
+                await asyncio.wait(
+                    {receiving, losing}, timeout=self._silence_s / 2, return_when=asyncio.FIRST_COMPLETED
+                )
+                if receiving.done():
+                    self._nonce = 0
+                    frames = receiving.result().frames
+                    try:
+                        return self._decoder.decode([f.buffer for f in frames])[0]
+                    except ProtocolError as exc:
+                        raise LinkLost(f"the coordinator sent something unreadable: {exc}") from exc
+                if losing.done():
+                    raise LinkLost("the connection to the coordinator ended")
+            finally:
+                receiving.cancel()
+                losing.cancel()
+            if self._nonce >= 2:
+                raise LinkLost(f"nothing from the coordinator for {self._silence_s:.0f} s")
+            self._nonce += 1
+            self.send(Ping(nonce=self._nonce))
+
+    async def close(self) -> None:
+        """Close; twice is fine."""
+        self._port.close()
+        if self._own_factory is not None:
+            await asyncio.to_thread(self._own_factory.close)
+
+
+class Switchboard(Generic[M]):
+    """The coordinator's end of one kind of link: a ROUTER, and which connection each peer has."""
+
+    def __init__(self, port: AsyncPort, kinds: tuple[type[M], ...], on_message: Callable[[PeerId, M], None]) -> None:
+        self._port = port
+        self._decoder = Decoder(*kinds)
+        self._on_message = on_message
+        self._routes: dict[PeerId, tuple[bytes, int]] = {}  # routing id, connection
+
+    async def run(self) -> None:
+        """Hand over every message; one peer's nonsense never disturbs another."""
+        while True:
+            received = await self._port.receive()
+            self._routes[received.peer_id] = (received.routing_id, received.connection)
+            self._handle(received)
+
+    def _handle(self, received: Received) -> None:
+        try:
+            message, _ = self._decoder.decode([f.buffer for f in received.frames])
+            self._on_message(received.peer_id, message)
+        except ProtocolError as exc:
+            logger.warning("message refused peer=%s reason=%s", received.peer_id, exc)
+            self.on_refused(received.peer_id, exc)
+
+    def on_refused(self, peer_id: PeerId, error: ProtocolError) -> None:
+        """A peer sent what it may not; overridden by who knows how to answer."""
+
+    def send(self, peer_id: PeerId, message: Any) -> bool:
+        """Queue a message for a peer. False: it has no connection, or doesn't read what it gets."""
+        route = self._routes.get(peer_id)
+        return route is not None and self._port.send(encode(message), route[0])
+
+    def connection_of(self, peer_id: PeerId) -> int | None:
+        """Which connection a peer used last; None if it has none."""
+        route = self._routes.get(peer_id)
+        return None if route is None else route[1]
+
+    def forget(self, peer_id: PeerId) -> None:
+        """Its connection is gone."""
+        self._routes.pop(peer_id, None)
+
+    def close(self) -> None:
+        self._port.close()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Run this on the loop; from a thread that may outlive it."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)

@@ -1,0 +1,196 @@
+"""LocalSwarm: a real coordinator and real workers as processes on loopback, for tests, benchmarks and demos."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from skynet.client.swarm import ClientConfig, Completion, CompletionStream, Event, Swarm
+from skynet.coordinator.planner.config import Layout
+from skynet.testing.processes import NodeProcess
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSwarmConfig:
+    """What to start."""
+
+    layout: str | None = "1x1"  # tensor-parallel x pipeline; None: the planner chooses
+    num_workers: int | None = None  # default: as many as the layout needs
+    model: str = "embedded"
+    dtype: str | None = None
+    threads: int = 1  # of each worker
+    memory: str | None = None  # of each worker
+    context: int | None = None
+    lease_s: float = 4.0
+    coordinator_arguments: tuple[str, ...] = ()
+    worker_arguments: tuple[str, ...] = ()
+    log_level: str = "info"
+    start_timeout_s: float = 90.0
+
+
+class LocalSwarm:
+    """Real processes on loopback. A context manager: everything it starts, it stops.
+
+    >>> with LocalSwarm(LocalSwarmConfig(layout="2x1")) as swarm:
+    ...     print(swarm.complete(Completion(prompt="Once upon a time")).text)
+    """
+
+    def __init__(self, config: LocalSwarmConfig | None = None, directory: Path | None = None) -> None:
+        self.config = config or LocalSwarmConfig()
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="skynet-")
+        self.directory = directory or Path(self._temporary.name if self._temporary else ".")
+        self.environment = {
+            "SKYNET_CONFIG_DIR": str(self.directory / "config"),
+            "SKYNET_CACHE_DIR": str(self.directory / "cache"),
+            "OMP_NUM_THREADS": str(self.config.threads),
+        }
+        self.coordinator: NodeProcess | None = None
+        self.workers: dict[str, NodeProcess] = {}
+        self.port = 0
+        self._names = 0
+        self._loop = _LoopThread()
+
+    # -- starting and stopping
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_coordinator()
+            for _ in range(self.num_workers):
+                self.start_worker()
+            self.wait_serving()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def num_workers(self) -> int:
+        """How many it starts with."""
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        return Layout.parse(self.config.layout).num_workers if self.config.layout else 1
+
+    def start_coordinator(self) -> NodeProcess:
+        """Start it, again if it was killed; the port stays the same."""
+        config = self.config
+        arguments = ["coordinator", "--no-mdns", "--port", str(self.port), "--model", config.model]
+        arguments += ["--lease-s", str(config.lease_s), "--log-level", config.log_level]
+        for option, value in (("--layout", config.layout), ("--dtype", config.dtype), ("--context", config.context)):
+            arguments += [option, str(value)] if value is not None else []
+        self.coordinator = self._start("coordinator", [*arguments, *config.coordinator_arguments])
+        self.port = int(self.coordinator.wait_for(r"coordinator ready .*port=(\d+)", 60)[1])
+        return self.coordinator
+
+    def start_worker(self, name: str | None = None, arguments: Sequence[str] = ()) -> NodeProcess:
+        """Start one more worker; it joins by itself."""
+        if name is None:
+            name = f"w{self._names}"
+            self._names += 1
+        config = self.config
+        options = ["worker", "--device", "cpu", "--name", name, "--coordinator", f"127.0.0.1:{self.port}"]
+        options += ["--threads", str(config.threads), "--log-level", config.log_level]
+        options += ["--memory", config.memory] if config.memory else []
+        self.workers[name] = self._start(name, [*options, *config.worker_arguments, *arguments])
+        return self.workers[name]
+
+    def _start(self, name: str, arguments: Sequence[str]) -> NodeProcess:
+        return NodeProcess.start(name, arguments, self.environment, log_path=self.directory / f"{name}.log")
+
+    def stop(self) -> None:
+        """End every process and thread it started; works twice."""
+        nodes = [*self.workers.values(), *([self.coordinator] if self.coordinator else [])]
+        for node in nodes:
+            node.resume()
+            node.interrupt()
+        for node in reversed(nodes):  # without their coordinator, workers have nobody to take leave of
+            node.stop()
+        self._loop.stop()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    # -- asking
+
+    @property
+    def client_config(self) -> ClientConfig:
+        return ClientConfig(coordinator=f"127.0.0.1:{self.port}", config_dir=self.directory / "config")
+
+    def run(self, work: Callable[[Swarm], Coroutine[Any, Any, T]], timeout_s: float = 120.0) -> T:
+        """Run asynchronous client code against the swarm from synchronous code."""
+
+        async def connected() -> T:
+            async with Swarm(self.client_config) as swarm:
+                return await work(swarm)
+
+        return self._loop.run(connected(), timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """What `skynet status --json` prints."""
+        return self.run(lambda swarm: swarm.status())
+
+    def wait_serving(self, timeout_s: float | None = None, *, num_workers: int | None = None) -> dict[str, Any]:
+        """Until a replica serves (on so many workers). Raises TimeoutError with the last status."""
+
+        async def wait(swarm: Swarm) -> dict[str, Any]:
+            revision = -1
+            while True:
+                facts = await swarm.status(newer_than=revision)
+                serving = [
+                    w for r in facts["replicas"] if r["phase"] == "serving" for s in r["stages"] for w in s["workers"]
+                ]
+                if serving and (num_workers is None or len(serving) == num_workers):
+                    return facts
+                revision = facts["revision"]
+
+        return self.run(wait, timeout_s or self.config.start_timeout_s)
+
+    def complete(
+        self,
+        completion: Completion,
+        on_event: Callable[[CompletionStream, Event], None] | None = None,
+        timeout_s: float = 120.0,
+    ) -> CompletionStream:
+        """Run one completion to its end; `on_event` sees it grow (and may hurt the swarm meanwhile)."""
+
+        async def work(swarm: Swarm) -> CompletionStream:
+            stream = swarm.complete(completion)
+            async for event in stream:
+                if on_event is not None:
+                    await asyncio.to_thread(on_event, stream, event)
+            return stream
+
+        return self.run(work, timeout_s)
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, for synchronous callers."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="local-swarm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        async def bounded() -> T:
+            async with asyncio.timeout(timeout_s):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result(timeout_s + 5)
+
+    def stop(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+            self._loop.close()

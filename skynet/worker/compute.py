@@ -1,0 +1,353 @@
+"""The compute thread: owns the model, the KV cache and the data-plane sockets of one device, and blocks on them.
+
+It does one thing at a time: run a step, or carry out an order from the agent. The agent's thread talks to it by `order`
+(a bounded queue and a wake-up) and `abort`, which ends any wait at once; it answers through `report`, from its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import zmq
+
+from skynet.errors import ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError, WorkerLost
+from skynet.protocol.channel import DataChannel
+from skynet.protocol.codec import Decoder, encode
+from skynet.protocol.ids import PeerId
+from skynet.protocol.messages import WORK_TO_WORKER, Aborted, Linked, PeerInfo, Prepared, ProbeReport
+from skynet.protocol.plan import Epoch, StageAssignment
+from skynet.protocol.sockets import Port, SocketFactory
+from skynet.protocol.steps import RunStep, StepDone, StepFailed
+from skynet.worker.stage.stage import Stage
+from skynet.worker.zmq_group import ZmqGroup, recv_hidden, send_hidden
+
+logger = logging.getLogger(__name__)
+
+MAX_ORDERS: Final = 256
+IDLE_S: Final = 3600.0  # a wait for work; orders and aborts end it
+LINK_S: Final = 5.0  # to open the links of an epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Take work from this coordinator (again)."""
+
+    endpoint: str
+    key: bytes
+    peer_id: PeerId
+    own_id: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """Serve this shard in this epoch, with these peers."""
+
+    epoch: Epoch
+    assignment: StageAssignment
+    stage: Stage
+    peers: tuple[PeerInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """Open the links of an installed epoch."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLinks:
+    """Probe the links to these peers."""
+
+    peers: tuple[PeerInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Free what this epoch holds."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the thread."""
+
+
+Order = Attach | Install | LinkUp | MeasureLinks | Drop | Stop
+Report = Prepared | Linked | Aborted | ProbeReport
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """An installed shard. Owned by the compute thread."""
+
+    install: Install
+    group: ZmqGroup
+    is_aborted: bool = False
+    next_step: int = 0
+
+
+@dataclass(slots=True)
+class ComputeStats:
+    """Counters; written by the compute thread, read by anyone."""
+
+    steps_done: int = 0
+    tokens_done: int = 0
+    busy_s: float = 0.0
+
+
+class ComputeThread:
+    """See the module. `report` is called from the compute thread and must not block."""
+
+    def __init__(
+        self,
+        factory: SocketFactory,
+        bind_addresses: Sequence[str],
+        device: torch.device,
+        num_threads: int | None,
+        report: Callable[[Report], None],
+    ) -> None:
+        self._factory = factory
+        self._bind_addresses = bind_addresses
+        self._device = device
+        self._num_threads = num_threads
+        self._report = report
+        self._orders: queue.Queue[Order] = queue.Queue(MAX_ORDERS)
+        self._aborted: set[Epoch] = set()
+        self._linked: set[PeerId] = set()
+        self._epochs: dict[Epoch, _Epoch] = {}
+        self._work: Port | None = None
+        self._decoder = Decoder(*WORK_TO_WORKER)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self.stats = ComputeStats()
+        self.channel: DataChannel | None = None
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    # -- called from other threads
+
+    def start(self) -> int:
+        """Start; returns the data port."""
+        self._thread.start()
+        self._started.wait(30)
+        if self._failure is not None:
+            raise self._failure
+        return self._open_channel.port
+
+    def order(self, order: Order) -> None:
+        """Queue an order and wake the thread."""
+        self._orders.put(order, timeout=5)
+        if self.channel is not None:
+            self.channel.wake()
+
+    def abort(self, epoch: Epoch) -> None:
+        """Leave every step of this epoch now; Aborted is reported when that is done."""
+        self._aborted.add(epoch)
+        if self.channel is not None and not any(other < epoch for other in list(self._epochs)):
+            self.channel.abort(epoch)
+        elif self.channel is not None:
+            self.channel.wake()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread; twice is fine."""
+        if self._thread.is_alive():
+            self._aborted |= set(self._epochs)
+            self.order(Stop())
+            self._thread.join(timeout_s)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def _open_channel(self) -> DataChannel:
+        assert self.channel is not None
+        return self.channel
+
+    # -- the compute thread
+
+    def _run(self) -> None:
+        try:
+            if self._num_threads is not None:
+                torch.set_num_threads(self._num_threads)
+            self.channel = DataChannel(self._factory, self._bind_addresses)
+        except BaseException as exc:
+            self._failure = exc
+            raise
+        finally:
+            self._started.set()
+        try:
+            with torch.inference_mode():
+                while self._turn():
+                    pass
+        finally:
+            self._detach()
+            self._open_channel.close()
+
+    def _turn(self) -> bool:
+        """Carry out waiting orders, then wait for work and do it. False: stop."""
+        while True:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(order, Stop):
+                return False
+            try:
+                self._carry_out(order)
+            except SkyNetError as exc:
+                logger.warning("order failed order=%s reason=%s", type(order).__name__, exc)
+        self._confirm_aborts()
+        try:
+            sockets = [self._work.socket] if self._work is not None else []
+            if self._open_channel.wait(sockets, time.monotonic() + IDLE_S) and self._work is not None:
+                self._take_work(self._work)
+        except StepAborted:
+            pass
+        return True
+
+    def _confirm_aborts(self) -> None:
+        for epoch in list(self._aborted):
+            self._aborted.discard(epoch)
+            held = self._epochs.get(epoch)
+            if held is not None:
+                held.is_aborted = True
+            self._report(Aborted(epoch=epoch))
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case Attach():
+                self._detach()
+                self._work = self._factory.connect_dealer(order.endpoint, order.key, order.peer_id)
+            case Install():
+                self._install(order)
+            case LinkUp():
+                self._link(order.epoch)
+            case MeasureLinks():
+                self._measure(order.peers)
+            case Drop():
+                self._drop(order.epoch)
+            case Stop():
+                raise AssertionError("handled by the loop")
+
+    def _detach(self) -> None:
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+    def _install(self, order: Install) -> None:
+        assignment = order.assignment
+        group = ZmqGroup(self._open_channel, [PeerId(w) for w in assignment.group], assignment.rank, order.epoch)
+        self._epochs[order.epoch] = _Epoch(order, group)
+        self._report(Prepared(epoch=order.epoch, weight_bytes=order.stage.weight_bytes, kv_bytes=order.stage.kv_bytes))
+
+    def _link(self, epoch: Epoch) -> None:
+        """Open links to the ranks this one talks to; report who is relayed and who can't be reached at all."""
+        held = self._epochs.get(epoch)
+        if held is None:
+            return
+        assignment = held.install.assignment
+        wanted = {*assignment.group, *assignment.downstream, *([assignment.upstream] if assignment.upstream else [])}
+        relayed: list[PeerId] = []
+        unreachable: list[PeerId] = []
+        deadline = time.monotonic() + LINK_S
+        for peer in held.install.peers:
+            if peer.peer_id not in {PeerId(w) for w in wanted}:
+                continue
+            try:
+                addresses = [(host, peer.data_port) for host in peer.hosts]
+                self._linked.add(peer.peer_id)
+                self._open_channel.connect(peer.peer_id, peer.curve_key, addresses, deadline)
+            except WorkerError as exc:
+                logger.warning("peer unreachable peer=%s reason=%s", peer.peer_id, exc)
+                unreachable.append(peer.peer_id)
+            else:
+                if self._open_channel.path(peer.peer_id) == "relayed":
+                    relayed.append(peer.peer_id)
+        self._report(Linked(epoch=epoch, relayed=tuple(relayed), unreachable=tuple(unreachable)))
+
+    def _measure(self, peers: Sequence[PeerInfo]) -> None:
+        """Link to each peer for a moment and measure; unreachable ones are left out."""
+
+    def _drop(self, epoch: Epoch) -> None:
+        if self._epochs.pop(epoch, None) is None:
+            return
+        if not any(other < epoch for other in self._epochs):
+            self._open_channel.retire(epoch)
+        needed = {PeerId(w) for held in self._epochs.values() for stage in held.install.assignment.stages for w in stage}
+        for peer_id in self._linked - needed:
+            self._open_channel.disconnect(peer_id)
+        self._linked &= needed
+
+    # -- steps
+
+    def _take_work(self, work: Port) -> None:
+        received = work.receive(zmq.NOBLOCK)
+        if received is None:
+            return
+        try:
+            step, _ = self._decoder.decode([f.buffer for f in received.frames])
+        except ProtocolError as exc:
+            logger.warning("work refused reason=%s", exc)
+            return
+        reply = self._step(step)
+        if reply is not None:
+            try:
+                work.socket.send_multipart(encode(reply), zmq.NOBLOCK)
+            except zmq.Again:
+                logger.warning("result dropped: the coordinator doesn't read epoch=%s step=%d", step.epoch, step.step)
+
+    def _step(self, step: RunStep) -> StepDone | StepFailed | None:
+        """Run one step of this rank; what to tell the coordinator, if anything."""
+        held = self._epochs.get(step.epoch)
+        if held is None or held.is_aborted:
+            return None  # a frame of an epoch that is over
+        started = time.perf_counter()
+        try:
+            token_ids = self._forward(held, step)
+        except StepAborted:
+            held.is_aborted = True
+            return None
+        except WorkerLost as exc:
+            return _failed(step, exc, getattr(exc, "peer_id", None))
+        except WorkerError as exc:
+            return _failed(step, exc, getattr(exc, "peer_id", None))
+        except (RuntimeError, ValueError, IndexError, MemoryError) as exc:  # torch's own: the worker goes on
+            logger.exception("step failed epoch=%s step=%d", step.epoch, step.step)
+            return _failed(step, exc, None)
+        finally:
+            self.stats.busy_s += time.perf_counter() - started
+        self.stats.steps_done += 1
+        self.stats.tokens_done += sum(len(part.token_ids) for part in step.parts)
+        return None if token_ids is None else StepDone(epoch=step.epoch, step=step.step, token_ids=token_ids)
+
+    def _forward(self, held: _Epoch, step: RunStep) -> tuple[int, ...] | None:
+        if step.step < held.next_step:
+            raise StepRejected(f"step {step.step} of epoch {step.epoch} came again")
+        held.next_step = step.step + 1
+        assignment, stage, group = held.install.assignment, held.install.stage, held.group
+        group.begin_step(step.step, step.timeout_s)
+        deadline = time.monotonic() + step.timeout_s
+        hidden = None
+        if assignment.upstream is not None:
+            num_tokens = sum(len(part.token_ids) for part in step.parts)
+            like = torch.empty((num_tokens, stage.hidden_size), dtype=stage.dtype)
+            hidden = recv_hidden(self._open_channel, PeerId(assignment.upstream), step.epoch, step.step, like, deadline)
+        result = stage.run(step, hidden, group)
+        if isinstance(result, torch.Tensor):
+            peers = [PeerId(peer) for peer in assignment.downstream]
+            send_hidden(self._open_channel, peers, step.epoch, step.step, result, deadline)
+            return None
+        return result
+
+
+def _failed(step: RunStep, exc: BaseException, suspect: str | None) -> StepFailed:
+    return StepFailed(epoch=step.epoch, step=step.step, reason=f"{type(exc).__name__}: {exc}"[:1000], suspect=suspect)

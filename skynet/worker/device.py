@@ -1,0 +1,136 @@
+"""Which device a worker computes on, how much memory it lends, and how fast it is."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from skynet.errors import ConfigError
+from skynet.protocol.profile import WorkerProfile
+
+logger = logging.getLogger(__name__)
+
+GIB: Final = 1 << 30
+PROCESS_OVERHEAD_BYTES: Final = 350 << 20  # interpreter, torch and buffers, beside weights and KV cache
+MEASURED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pick_device(asked: str | None, is_experimental: bool = False) -> torch.device:
+    """The device asked for, or the first CUDA device, or the CPU. Raises ConfigError naming what is there."""
+    if asked is None:
+        return torch.device("cuda:0") if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as exc:
+        raise ConfigError(f"--device {asked}: not a device; use cpu or cuda:N") from exc
+    if device.type == "mps":
+        if not is_experimental:
+            raise ConfigError("--device mps: nobody has tested it; add --experimental to try it all the same")
+        if not torch.backends.mps.is_available():
+            raise ConfigError("--device mps: this machine has no MPS device")
+    elif device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {asked}: this PyTorch sees no CUDA device; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"--device {asked}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+        return torch.device("cuda", device.index or 0)
+    elif device.type != "cpu":
+        raise ConfigError(f"--device {asked}: not supported; use cpu or cuda:N")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What could be lent now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def lendable_bytes(device: torch.device, cap_bytes: int | None) -> int:
+    """What this worker lends for weights and KV cache: the owner's cap, or 80% of what is free, less the process itself."""
+    free = free_memory_bytes(device)
+    total = free * 8 // 10 if cap_bytes is None else min(cap_bytes, free)
+    if cap_bytes is not None and cap_bytes > free:
+        logger.warning(
+            "less memory is free than --memory asks asked_gib=%.2f free_gib=%.2f", cap_bytes / GIB, free / GIB
+        )
+    overhead = PROCESS_OVERHEAD_BYTES if device.type == "cpu" else 0
+    if total <= overhead:
+        raise ConfigError(
+            f"--memory {total / GIB:.2f}GiB: a worker's own process takes {overhead / GIB:.2f} GiB; lend more than that"
+        )
+    return total - overhead
+
+
+def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> WorkerProfile:
+    """Measure the device for about a second: matrix-vector bandwidth and matrix rate by dtype."""
+    bandwidth, rate = {}, {}
+    for dtype in MEASURED_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        bandwidth[name], rate[name] = _measure(device, dtype)
+    return WorkerProfile(
+        device=str(device),
+        device_name=device_name(device)[:128],
+        threads=torch.get_num_threads() if device.type == "cpu" else 1,
+        memory_bytes=memory_bytes,
+        weight_bytes_per_s=bandwidth,
+        matmul_flops_per_s=rate,
+        layer_overhead_s=_layer_overhead_s(device),
+        host_id=host_id,
+    )
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Weight bytes per second of a matrix-vector product, and operations per second of a matrix product."""
+    side, batch = (2048, 128) if device.type == "cpu" else (8192, 2048)
+    weights = [torch.full((side, side), 0.01, dtype=dtype, device=device) for _ in range(4)]  # more than caches hold
+    vector = torch.full((1, side), 0.01, dtype=dtype, device=device)
+    matrix = torch.full((batch, side), 0.01, dtype=dtype, device=device)
+    turns = iter(range(1 << 30))
+    vector_s = _seconds(device, lambda: torch.nn.functional.linear(vector, weights[next(turns) % 4]))
+    matrix_s = _seconds(device, lambda: torch.nn.functional.linear(matrix, weights[0]))
+    return weights[0].nbytes / vector_s, 2 * batch * side * side / matrix_s
+
+
+def _layer_overhead_s(device: torch.device) -> float:
+    """The fixed cost of a layer: about twenty operations on almost nothing."""
+    x = torch.ones(1, 64, device=device)
+    return 20 * _seconds(device, lambda: x + x)
+
+
+def _seconds(device: torch.device, work: Callable[[], object], budget_s: float = 0.1) -> float:
+    """The median time of one call, within a budget."""
+    times: list[float] = []
+    with torch.inference_mode():
+        work()
+        started = time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - started < budget_s:
+            before = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - before)
+            if time.perf_counter() - started > 5 * budget_s:
+                break
+    return max(sorted(times)[len(times) // 2], 1e-9)
