@@ -113,6 +113,7 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"name_or_path", "tokenizer_class", "prefix", "finetuning_task", "chunk_size_feed_forward", "torchscript"}
     | {"max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p", "repetition_penalty"}
     | {"summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"}
+    | {"reorder_and_upcast_attn"}  # GPT-2: where 16-bit scores are rounded; ours never round them to float16
     | {"is_encoder_decoder", "is_decoder", "model_max_length"}
 )
 _ONLY_AS: Final[Config] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False}

@@ -35,6 +35,19 @@ class KvCache:
         # zeros, not empty: untouched pages cost nothing, and what a mask hides must still be finite
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
+    def like(self, num_blocks: int, block_size: int) -> KvCache:
+        """An empty cache for the same layers and heads, with so many blocks."""
+        some = self._layers[0]
+        return KvCache(
+            num_layers=len(self._layers),
+            num_kv_heads=some.shape[1],
+            head_size=some.shape[3],
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=some.dtype,
+            device=some.device,
+        )
+
     @property
     def nbytes(self) -> int:
         """What is set aside, used or not."""

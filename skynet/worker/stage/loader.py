@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skynet.errors import ModelError
-from skynet.models.config import LEAN, read_lean, read_spec
+from skynet.models.config import read_lean, read_spec
 from skynet.models.spec import ModelSpec
 from skynet.models.tensors import TensorSource
 from skynet.protocol.plan import Dtype, Span, StageAssignment
@@ -130,6 +130,9 @@ class _Names:
 
 
 def _names(spec: ModelSpec, reader: ShardReader) -> _Names:
+    if spec.model_type == "gpt2":
+        prefix = "transformer." if reader.has("transformer.wte.weight") else ""  # the first checkpoints have none
+        return _Names(prefix + "wte.weight", "lm_head.weight")
     return _Names("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -141,8 +144,10 @@ def _body(
     embedding: VocabEmbedding | None,
     adapters: AdapterTable,
 ) -> Body:
-    if spec.model_type not in LEAN:
-        raise ModelError(f"{spec.model_type} isn't built yet")
+    if spec.model_type == "gpt2":
+        from skynet.worker.stage.gpt2 import load_gpt2  # transformers' modelling code, for those who need it
+
+        return load_gpt2(config, spec, assignment, reader, embedding)
     lean = read_lean(config)
     loader = LeanLoader(spec, lean, Rank(assignment.rank, assignment.share), reader, adapters)
     layers = [loader.layer(index) for index in range(assignment.layers.start, assignment.layers.end)]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -65,6 +66,26 @@ class Stage:
         self._hidden_size = hidden_size
         self._body = body
         self._head = head
+
+    def with_fresh_cache(self, assignment: StageAssignment) -> Stage:
+        """The same weights in a new epoch: another place in the layout and an empty cache of its size."""
+        num_blocks, block_size = assignment.num_blocks, assignment.block_size
+        return Stage(
+            assignment=assignment,
+            limits=dataclasses.replace(self.limits, num_blocks=num_blocks, block_size=block_size),
+            hidden_size=self._hidden_size,
+            body=self._body,
+            head=self._head,
+            cache=self.cache.like(num_blocks, block_size),
+            adapters=self.adapters,
+            dtype=self.dtype,
+            device=self.device,
+            weight_bytes=self.weight_bytes,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self._hidden_size
 
     @property
     def kv_bytes(self) -> int:
