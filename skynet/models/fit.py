@@ -36,19 +36,40 @@ def split_group_within(
     Parts are dealt from the coarsest (heads) to the finest, each by speed within what is left of the limits. None if
     that finds no split.
     """
-    spec, ranks = costs.spec, len(weights)
-    parts = _parts(costs, ranks, layers, kv_tokens)
+    ranks, kv_heads = len(weights), costs.spec.num_kv_heads
+    by_room = sorted(range(ranks), key=lambda r: (-limits[r], r))
+    # With more ranks than KV heads each rank may need one KV head more than its part: where that is too much, only
+    # the roomiest hold heads, whole KV groups.
+    for num_holders in (ranks,) if ranks <= kv_heads else (ranks, kv_heads):
+        shares = _deal(costs, weights, limits, layers, kv_tokens, frozenset(by_room[:num_holders]))
+        if shares is not None:
+            return shares
+    return None
+
+
+def _deal(
+    costs: ModelCosts,
+    weights: Sequence[float],
+    limits: Sequence[int],
+    layers: LayerSpan,
+    kv_tokens: int,
+    holders: frozenset[int],
+) -> tuple[RankShare, ...] | None:
+    """Deal all parts; heads only to `holders`."""
+    parts = _parts(costs, len(weights), len(holders), layers, kv_tokens)
     nothing = RankShare(heads=Span(0, 0), mlp=Span(0, 0), expert_mlp=Span(0, 0), vocab=Span(0, 0))
     fixed = costs.weight_bytes(layers, nothing)
-    if ranks > spec.num_kv_heads:  # a rank whose heads straddle two KV groups holds one KV head more than its part
-        one = RankShare(heads=Span(0, 1), mlp=Span(0, 0), expert_mlp=Span(0, 0), vocab=Span(0, 0))
-        fixed += held_bytes(costs, layers, one, kv_tokens) - fixed
     left = [limit - fixed for limit in limits]
+    if len(holders) > costs.spec.num_kv_heads:
+        one_kv_head = _kv_head_bytes(costs, layers, kv_tokens)
+        left = [room - one_kv_head for room in left]
     dealt: list[tuple[Span, ...]] = []
     for index, part in enumerate(parts):
         rest = sum(p.num_units * p.unit_bytes for p in parts[index:])
         fractions = bounded_fractions(weights, [room / rest for room in left]) if rest else list(weights)
         rooms = [room // part.unit_bytes if part.unit_bytes else part.num_units for room in left]
+        if index == 0:
+            rooms = [room if r in holders else 0 for r, room in enumerate(rooms)]
         if fractions is None or sum(min(max(room, 0), part.num_units) for room in rooms) < part.num_units:
             return None
         counts = apportion(part.num_units, fractions, rooms)
@@ -62,20 +83,26 @@ def split_group_within(
     return shares if fits else None
 
 
-def _parts(costs: ModelCosts, ranks: int, layers: LayerSpan, kv_tokens: int) -> tuple[_Part, ...]:
+def _kv_head_bytes(costs: ModelCosts, layers: LayerSpan, kv_tokens: int) -> int:
+    """Weights and cache of one KV head in all layers of a stage."""
+    dense, moe = costs.count(layers.start, layers.end)
+    one = RankShare(heads=Span(0, 1), mlp=Span(0, 0), expert_mlp=Span(0, 0), vocab=Span(0, 0))
+    weights = dense * costs.dense.kv_heads + moe * costs.moe.kv_heads
+    return weights + kv_tokens * costs.kv_bytes_per_token(len(layers), one)
+
+
+def _parts(costs: ModelCosts, ranks: int, num_holders: int, layers: LayerSpan, kv_tokens: int) -> tuple[_Part, ...]:
     spec = costs.spec
     dense, moe = costs.count(layers.start, layers.end)
-    heads = head_unit(spec, ranks)
+    heads = head_unit(spec, num_holders)
     mlp = column_unit(spec.intermediate_size, ranks)
     expert = column_unit(spec.expert_intermediate_size, ranks)
     vocab = column_unit(spec.vocab_size, ranks, 64)
     head_bytes = heads * (dense * costs.dense.heads + moe * costs.moe.heads)
-    if ranks <= spec.num_kv_heads:
-        one = RankShare(heads=Span(0, 1), mlp=Span(0, 0), expert_mlp=Span(0, 0), vocab=Span(0, 0))
-        head_bytes += dense * costs.dense.kv_heads + moe * costs.moe.kv_heads
-        head_bytes += kv_tokens * costs.kv_bytes_per_token(len(layers), one)
-    else:
-        head_bytes += -(-(dense * costs.dense.kv_heads + moe * costs.moe.kv_heads) // spec.group_size)
+    if num_holders <= spec.num_kv_heads:
+        head_bytes += _kv_head_bytes(costs, layers, kv_tokens)
+    else:  # shared by the heads of a KV group; what straddling costs is set aside by the caller
+        head_bytes += -(-_kv_head_bytes(costs, layers, kv_tokens) // spec.group_size)
     is_first, is_last = layers.start == 0, layers.end == spec.num_layers
     row = is_first * costs.embedding.vocab + is_last * costs.head.vocab - (is_first and is_last) * costs.tied.vocab
     return (

@@ -78,7 +78,7 @@ class PlannerConfig:
     )
     exact_up_to: int = 4  # swarms of up to this many workers are searched exhaustively
     thorough_up_to: int = 40  # beyond, groups and clusters are tried in fewer ways
-    search_evaluations: int = 250  # layouts tried by local search in larger swarms
+    search_effort: int = 40_000  # bounds local search in larger swarms: layers x stages tried, about 4 us each
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_context_tokens <= self.max_context_tokens:

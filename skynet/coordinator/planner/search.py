@@ -11,7 +11,7 @@ from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
 from skynet.coordinator.planner.sites import group_lists
 from skynet.coordinator.planner.swarm import Group, Swarm
 
-_LOCAL_COST = 60_000  # local search tries at most this many (layers x groups)
+_NEW_RANK = 60  # effort of working out one rank of a new group, in the unit of `search_effort`
 _MAX_LOCAL_WORKERS = 40
 _POOL = 48
 
@@ -23,6 +23,7 @@ class Search:
         self.swarm = swarm
         self.may_skip = may_skip  # whether a layout's groups may be left without layers
         self.tried: dict[Arrangement, Chain | None] = {}
+        self.effort_left = float(swarm.config.search_effort)  # for local search, all replicas together
 
     def try_layout(self, arrangement: Arrangement) -> Chain | None:
         if arrangement not in self.tried:
@@ -106,6 +107,9 @@ class Search:
     def _last_resort(self, workers: Sequence[int]) -> Chain | None:
         """Memory is short: every worker must help, in stages by room, then in ever larger groups, near or not."""
         swarm = self.swarm
+        if not swarm.has_full_variants:
+            swarm.use_full_variants()
+            self.tried = {layout: chain for layout, chain in self.tried.items() if chain is not None}
         ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
         sizes = [s for s in (1, 2, 3, 4, 6, 8) if s <= len(ordered)] if len(ordered) <= 200 else [1, 2, 4]
         for size in sizes:
@@ -126,27 +130,27 @@ class Search:
         """Local search; then ever fewer workers, so that a smaller layout is always among those tried."""
         if chain.num_workers > _MAX_LOCAL_WORKERS:
             return chain
-        budget = self._budget(chain)
+        reserve = self.effort_left / 2  # the rest is for other replicas
         improved = True
-        while improved and budget > 0:
+        while improved and self.effort_left > reserve:
             improved = False
             for arrangement in (moves or neighbours)(self.swarm, chain.arrangement, self._pool(chain, workers)):
                 if arrangement in self.tried:
                     continue
-                budget -= 1
+                self.effort_left -= self._effort(arrangement)
                 other = self.try_layout(arrangement)
                 if other is not None and other.value < chain.value * (1 - 1e-9):
                     chain, improved = other, True
                     break
-                if budget <= 0:
+                if self.effort_left <= reserve:
                     break
         if moves is None:
             self._shrink(chain)
         return chain
 
-    def _budget(self, chain: Chain) -> int:
-        effort = self.swarm.spec.num_layers * len(chain.stages)
-        return max(8, min(self.swarm.config.search_evaluations, _LOCAL_COST // effort))
+    def _effort(self, arrangement: Arrangement) -> int:
+        new = sum(len(members) for members in arrangement if not self.swarm.knows_group(members))
+        return self.swarm.spec.num_layers * len(arrangement) + _NEW_RANK * new
 
     def _pool(self, chain: Chain, workers: Sequence[int]) -> list[int]:
         used = {m for members in chain.arrangement for m in members}
@@ -154,10 +158,10 @@ class Search:
 
     def _shrink(self, chain: Chain) -> None:
         smaller: Chain | None = chain
-        for _ in range(min(chain.num_workers - 1, self._budget(chain) // max(1, chain.num_workers))):
-            if smaller is None:
-                return
-            smaller = best_of([self.try_layout(a) for a in without_one(smaller.arrangement)])
+        while smaller is not None and smaller.num_workers > 1 and self.effort_left > 0:
+            fewer = list(without_one(smaller.arrangement))
+            self.effort_left -= sum(self._effort(a) for a in fewer if a not in self.tried)
+            smaller = best_of([self.try_layout(a) for a in fewer])
 
 
 def best_of(chains: Iterable[Chain | None]) -> Chain | None:

@@ -22,6 +22,7 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import LayerSpan, RankShare
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
+_FULL_VARIANTS = 6  # in larger swarms uneven memory inside one group matters less than which groups there are
 _FEW_TOKENS = 16  # up to here weights are read once and each token adds its operations; beyond, a matrix product
 
 
@@ -87,6 +88,7 @@ class Swarm:
         self.replica_bytes = held_bytes(
             self.costs, everything, self.whole, self.min_tokens
         )  # the least one replica takes
+        self.has_full_variants = len(self.ids) <= _FULL_VARIANTS
         self.is_large = len(self.ids) > config.thorough_up_to
         self.layer_flops = sum(self.costs.layer_flops(self.whole, bool(spec.moe_layers)))
         self.layer_read_bytes = sum(self.costs.layer_read_bytes(self.whole, bool(spec.moe_layers), 1))
@@ -99,6 +101,15 @@ class Swarm:
         if found is None:
             found = self._groups[members] = Group(self, members)
         return found
+
+    def use_full_variants(self) -> None:
+        """Memory is short: from now on work out every way in which groups could make room."""
+        self.has_full_variants = True
+        self._groups.clear()
+
+    def knows_group(self, members: tuple[int, ...]) -> bool:
+        """Whether the group's shares were worked out before."""
+        return members in self._groups
 
     def canonical(self, members: Sequence[int]) -> tuple[int, ...]:
         """Members in rank order: fastest first."""
@@ -270,7 +281,7 @@ class Group:
         most = min(num_layers, int(sum(swarm.memory[m] for m in self.members) / layer_bytes))
         reached = max((n for n in range(num_layers) if by_speed.fits(0, n + 1)), default=-1) + 1
         targets = [LayerSpan(0, num_layers)]
-        if swarm.is_large:
+        if not swarm.has_full_variants:
             return [*targets, *([LayerSpan(1, most)] if reached < most - 1 < num_layers - 1 else [])]
         for count in sorted({most, most - 1, (most + reached + 1) // 2}, reverse=True):
             if reached < count < num_layers:
