@@ -30,6 +30,7 @@ class Member:
     seen_host: str  # the address its connection came from
     last_heard: float
     state: WorkerState = WorkerState.READY
+    has_work_link: bool = False  # its compute thread has connected too
     memory_used_bytes: int = 0
     steps_done: int = 0
     weight_bytes: int = 0  # of the shard it holds, as it reported
@@ -82,6 +83,14 @@ class Membership:
         """Members whose lease has run out."""
         return [m.worker_id for m in self.members.values() if now - m.last_heard > self.lease_s]
 
+    def work_linked(self, worker_id: WorkerId) -> bool:
+        """Its compute thread can be reached. True if that is news."""
+        member = self.members.get(worker_id)
+        if member is None or member.has_work_link:
+            return False
+        member.has_work_link = True
+        return True
+
     def drain(self, worker_id: WorkerId) -> bool:
         """Take nothing new on this worker. False: it isn't a member."""
         member = self.members.get(worker_id)
@@ -103,5 +112,5 @@ class Membership:
         return {
             worker_id: member.join.profile
             for worker_id, member in sorted(self.members.items())
-            if member.state is WorkerState.READY and member.unfit_reason is None
+            if member.state is WorkerState.READY and member.has_work_link and member.unfit_reason is None
         }

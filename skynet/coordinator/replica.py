@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Transport(Protocol):
-    """How messages reach workers. Sending never waits; a worker that can't be reached shows as lost."""
+    """How messages reach workers. Sending never waits. False: no connection, or the worker doesn't read."""
 
-    def send_control(self, worker_id: WorkerId, message: ToWorker) -> None: ...
+    def send_control(self, worker_id: WorkerId, message: ToWorker) -> bool: ...
 
-    def send_work(self, worker_id: WorkerId, message: RunStep) -> None: ...
+    def send_work(self, worker_id: WorkerId, message: RunStep) -> bool: ...
 
 
 class ReplicaFault(WorkerError):
@@ -147,8 +147,9 @@ class Replica:
         step = RunStep(epoch=self.epoch, step=self.step_number, parts=parts, timeout_s=timeout_s)
         self.step_number += 1
         self._waiting = asyncio.get_running_loop().create_future()
-        for worker_id in self.assignments:
-            self.transport.send_work(worker_id, step)
+        deaf = frozenset(w for w in self.assignments if not self.transport.send_work(w, step))
+        if deaf:
+            raise ReplicaFault(f"step {step.step} didn't reach {', '.join(sorted(deaf))}", deaf)
         try:
             async with asyncio.timeout(timeout_s):
                 done = await self._waiting

@@ -341,7 +341,8 @@ class CoordinatorServer:
             "worker joined worker=%s device=%s memory_gib=%.2f", worker_id, profile.device, profile.memory_bytes / 2**30
         )
         self.control.send(PeerId(worker_id), Joined(lease_s=self.config.lease_s))
-        self.engine.joined(worker_id)
+        if self.work.connection_of(PeerId(worker_id)) is not None and self.membership.work_linked(worker_id):
+            self.engine.joined(worker_id)
 
     def _note_bad_chunk(self, worker_id: WorkerId, message: BadChunk) -> None:
         culprit = self.membership.members.get(WorkerId(message.peer))
@@ -350,8 +351,14 @@ class CoordinatorServer:
             culprit.bad_chunks += 1
 
     def _on_work(self, peer: PeerId, message: WorkMessage) -> None:
-        if self.membership.heard(WorkerId(peer), _now()):
-            self.engine.on_step(WorkerId(peer), message)
+        worker_id = WorkerId(peer)
+        if not self.membership.heard(worker_id, _now()):
+            return  # its Join is still on its way
+        if isinstance(message, Ping):
+            if self.membership.work_linked(worker_id):
+                self.engine.joined(worker_id)
+        else:
+            self.engine.on_step(worker_id, message)
 
     def _from_guard(self, peer: PeerId, connection: int) -> None:
         """A connection ended; called in the guard's thread."""
@@ -372,11 +379,11 @@ class CoordinatorServer:
 
     # -- messages out
 
-    def send_control(self, worker_id: WorkerId, message: ToWorker) -> None:
-        self.control.send(PeerId(worker_id), message)
+    def send_control(self, worker_id: WorkerId, message: ToWorker) -> bool:
+        return self.control.send(PeerId(worker_id), message)
 
-    def send_work(self, worker_id: WorkerId, message: RunStep) -> None:
-        self.work.send(PeerId(worker_id), message)
+    def send_work(self, worker_id: WorkerId, message: RunStep) -> bool:
+        return self.work.send(PeerId(worker_id), message)
 
     def tell(self, client: PeerId, message: ToClient) -> None:
         """A client that doesn't read loses its messages, and gets them again when it comes back."""

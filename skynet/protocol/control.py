@@ -25,13 +25,16 @@ class LinkLost(Exception):  # noqa: N818 - an event rather than an error: links 
 class ControlLink(Generic[M]):
     """A node's link to its coordinator. It belongs to one event loop; a lost one isn't mended: open another."""
 
-    def __init__(self, port: AsyncPort, kinds: tuple[type[M], ...], silence_s: float, factory: SocketFactory | None) -> None:
+    def __init__(
+        self, port: AsyncPort, kinds: tuple[type[M], ...], silence_s: float, factory: SocketFactory | None
+    ) -> None:
         self._port = port
         self._decoder = Decoder(*kinds)
         self._silence_s = silence_s
         self._own_factory = factory
         self._lost = asyncio.Event()
         self._nonce = 0
+        self._is_closed = False
 
     @classmethod
     async def open(
@@ -55,7 +58,8 @@ class ControlLink(Generic[M]):
 
     def send(self, message: Any) -> None:
         """Queue a message; if the coordinator is gone it is dropped, and `receive` says so."""
-        self._port.send(encode(message))
+        if not self._is_closed:
+            self._port.send(encode(message))
 
     async def receive(self) -> M:
         """The next message. Raises LinkLost when the connection ends or nothing comes for two leases."""
@@ -85,6 +89,7 @@ class ControlLink(Generic[M]):
 
     async def close(self) -> None:
         """Close; twice is fine."""
+        self._is_closed = True
         self._port.close()
         if self._own_factory is not None:
             await asyncio.to_thread(self._own_factory.close)

@@ -345,7 +345,9 @@ class CreateInvite:
 
     def __post_init__(self) -> None:
         if not 1 <= self.uses <= 100_000 or not 0 < self.lifetime_s <= 10 * 365 * 86400:
-            raise ValueError(f"an invite has 1 to 100000 uses and lives up to 10 years, got {self.uses}, {self.lifetime_s} s")
+            raise ValueError(
+                f"an invite has 1 to 100000 uses and lives up to 10 years, got {self.uses}, {self.lifetime_s} s"
+            )
         if len(self.grants) > 8:
             raise ValueError("at most 8 grants")
 
@@ -464,9 +466,19 @@ class Pong:
 
 
 WorkerMessage = (
-    Join | Heartbeat | LoadProgress | Prepared | PrepareFailed | Linked | Aborted | Leaving | ProbeReport | BadChunk | Pong
+    Join
+    | Heartbeat
+    | LoadProgress
+    | Prepared
+    | PrepareFailed
+    | Linked
+    | Aborted
+    | Leaving
+    | ProbeReport
+    | BadChunk
+    | Pong
 )
-WorkMessage = StepDone | StepFailed
+WorkMessage = StepDone | StepFailed | Ping  # a Ping opens the link: only then can work be sent there
 ClientMessage = Submit | Cancel | GetStatus | GetProfiles
 AdminMessage = CreateInvite | ListInvites | RevokeInvite | ListNodes | Approve | Revoke | Drain
 ToCoordinator = WorkerMessage | ClientMessage | AdminMessage | Ping
@@ -482,5 +494,5 @@ TO_WORKER: Final[tuple[type[ToWorker], ...]] = (
     Joined, Prepare, Link, Abort, Discard, Probe, Released, Evicted, Ping, Pong,
 )  # fmt: skip
 TO_CLIENT: Final[tuple[type[ToClient], ...]] = (Tokens, Finished, Notice, Failed, Answer, Pong, Evicted)
-WORK_TO_COORDINATOR: Final[tuple[type[WorkMessage], ...]] = (StepDone, StepFailed)
+WORK_TO_COORDINATOR: Final[tuple[type[WorkMessage], ...]] = (StepDone, StepFailed, Ping)
 WORK_TO_WORKER: Final[tuple[type[RunStep], ...]] = (RunStep,)

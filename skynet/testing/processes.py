@@ -28,6 +28,7 @@ class NodeProcess:
     lines: list[str] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _reader: threading.Thread | None = None
+    _is_interrupted: bool = False
 
     @classmethod
     def start(
@@ -112,6 +113,7 @@ class NodeProcess:
 
     def interrupt(self) -> None:
         """What Ctrl-C sends."""
+        self._is_interrupted = True
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -130,7 +132,8 @@ class NodeProcess:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End it for certain: a second interrupt leaves at once, SIGKILL if even that doesn't help."""
         self.resume()
-        self.interrupt()
+        if not self._is_interrupted:
+            self.interrupt()
         try:
             self.process.wait(timeout_s / 2)
         except subprocess.TimeoutExpired:

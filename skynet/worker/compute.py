@@ -21,7 +21,7 @@ from skynet.errors import ProtocolError, SkyNetError, StepAborted, StepRejected,
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.ids import PeerId
-from skynet.protocol.messages import WORK_TO_WORKER, Aborted, Linked, PeerInfo, Prepared, ProbeReport
+from skynet.protocol.messages import WORK_TO_WORKER, Aborted, Linked, PeerInfo, Ping, Prepared, ProbeReport
 from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep, StepDone, StepFailed
@@ -227,6 +227,7 @@ class ComputeThread:
             case Attach():
                 self._detach()
                 self._work = self._factory.connect_dealer(order.endpoint, order.key, order.peer_id)
+                self._work.socket.send_multipart(encode(Ping(nonce=0)))
             case Install():
                 self._install(order)
             case LinkUp():
@@ -282,7 +283,9 @@ class ComputeThread:
             return
         if not any(other < epoch for other in self._epochs):
             self._open_channel.retire(epoch)
-        needed = {PeerId(w) for held in self._epochs.values() for stage in held.install.assignment.stages for w in stage}
+        needed = {
+            PeerId(w) for held in self._epochs.values() for stage in held.install.assignment.stages for w in stage
+        }
         for peer_id in self._linked - needed:
             self._open_channel.disconnect(peer_id)
         self._linked &= needed
