@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, cast
+from typing import Final, Literal, cast, get_args
 
 from skynet.errors import ModelError, UnsupportedArchitecture
 from skynet.models.spec import ModelSpec
@@ -115,6 +115,11 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"}
     | {"reorder_and_upcast_attn"}  # GPT-2: where 16-bit scores are rounded; ours never round them to float16
     | {"is_encoder_decoder", "is_decoder", "model_max_length"}
+)
+_ROPE_FIELDS: Final = frozenset(
+    {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    | {"low_freq_factor", "high_freq_factor"}
+    | {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
 )
 _ONLY_AS: Final[Config] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False}
 
@@ -314,7 +319,8 @@ def _rope(reader: _Reader) -> RopeConfig:
         raise ModelError(f"config.json: rope_parameters must be an object, got {str(given)[:80]}")
     kind = given.get("rope_type", given.get("type", "default"))
     kind = "default" if kind == "dynamic" else kind  # differs beyond max_positions only, where we don't go
-    if kind not in ("default", "linear", "llama3", "yarn") or given.get("partial_rotary_factor", 1.0) != 1.0:
+    unknown = [name for name, value in given.items() if name not in _ROPE_FIELDS and value not in (None, False)]
+    if kind not in get_args(RopeKind) or unknown or given.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedArchitecture(
             f"{reader.model_type}: rope_parameters {str(dict(given))[:120]} isn't supported; "
             "supported rope types are: default, dynamic, linear, llama3, yarn"

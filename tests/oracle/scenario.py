@@ -1,4 +1,4 @@
-"""One run that takes a replica through all it has to do: chunked prefill, mixed batches, batched decode, torn blocks."""
+"""One run through all that a replica has to do: chunked prefill, mixed batches, batched decode, torn blocks."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from skynet.protocol.plan import Span
+from skynet.errors import UnsupportedArchitecture
+from skynet.models.spec import ModelSpec
+from skynet.protocol.plan import Span, StageAssignment
 from skynet.worker.stage.batch import StepBatch
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -59,3 +61,34 @@ class ColumnRange(NamedTuple):
 
     projection: Projection
     span: Span
+
+
+def shard_adapter(
+    weights: Mapping[tuple[int, Projection], LowRank], spec: ModelSpec, assignment: StageAssignment
+) -> dict[tuple[int, Projection], LowRank]:
+    """What one rank keeps of a whole adapter: its stage's layers, its rows of B or columns of A.
+
+    Raises UnsupportedArchitecture for projections that take none: GPT-2's, and those of experts.
+    """
+    if spec.model_type == "gpt2" or any(
+        layer in spec.moe_layers and projection in ("gate", "up", "down") for layer, projection in weights
+    ):
+        raise UnsupportedArchitecture(f"{spec.model_type}: adapters aren't supported on these projections")
+    share = assignment.share
+    kv_heads = share.kv_heads(spec.group_size)
+    kept: dict[tuple[int, Projection], LowRank] = {}
+    for (layer, projection), low_rank in weights.items():
+        if not assignment.layers.start <= layer < assignment.layers.end:
+            continue
+        match projection:
+            case "q" | "o":
+                start, end = share.heads.start * spec.head_size, share.heads.end * spec.head_size
+            case "k" | "v":
+                start, end = kv_heads.start * spec.head_size, kv_heads.end * spec.head_size
+            case "gate" | "up" | "down":
+                start, end = share.mlp.start, share.mlp.end
+        if projection in ("o", "down"):
+            kept[layer, projection] = LowRank(low_rank.a[:, start:end].contiguous(), low_rank.b)
+        else:
+            kept[layer, projection] = LowRank(low_rank.a, low_rank.b[start:end].contiguous())
+    return kept

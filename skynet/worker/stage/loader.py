@@ -53,7 +53,7 @@ def load_stage(
     dtype = TORCH_DTYPES[assignment.dtype]
     reader = ShardReader(source, dtype, device, progress)
     adapters = AdapterTable()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: its tensors could never take part in training
         names = _names(spec, reader)
         embedding = _embedding(spec, names, assignment, reader)
         body = _body(config, spec, assignment, reader, embedding, adapters)

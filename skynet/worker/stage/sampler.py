@@ -35,6 +35,7 @@ def sample(logits: Tensor, samples: Sequence[Sample], vocab: Span, group: Collec
     if group.size == 1 and all(_is_greedy(wanted.params) for wanted in samples):
         return tuple(logits.argmax(-1).tolist())
     host = logits.detach().to("cpu", torch.float32).numpy()
+    host = np.where(np.isnan(host), np.float32(-np.inf), host)
     sent = [_candidates(row, wanted, vocab) for row, wanted in zip(host, samples, strict=True)]
     header = np.array([part.shape[1] for part in sent], dtype=np.float32)
     payload = np.concatenate([header, *(part.ravel() for part in sent)])
