@@ -11,13 +11,14 @@ import ipaddress
 import logging
 import re
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from zeroconf import DNSQuestionType, ServiceStateChange, Zeroconf
 from zeroconf import Error as ZeroconfError
-from zeroconf import ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from skynet.errors import DiscoveryError, MalformedMessage, ProtocolError
@@ -67,7 +68,10 @@ async def discover(
         return []
     search = _Search(swarm, pins, interfaces)
     try:
-        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE_TYPE, handlers=[search.on_change])
+        # Asked to answer us alone (QU, the default), hosts answer port 5353, which our machine's processes share.
+        browser = AsyncServiceBrowser(
+            zeroconf.zeroconf, SERVICE_TYPE, handlers=[search.on_change], question_type=DNSQuestionType.QM
+        )
         try:
             async with asyncio.timeout(timeout_s):
                 await search.has_candidate.wait()
@@ -112,7 +116,7 @@ class _Search:
     async def _look_up(self, zeroconf: Zeroconf, service_type: str, name: str) -> None:
         try:
             info = AsyncServiceInfo(service_type, name)
-            if not info.load_from_cache(zeroconf) and not await info.async_request(zeroconf, 3000):
+            if not info.load_from_cache(zeroconf) and not await info.async_request(zeroconf, 3000, DNSQuestionType.QM):
                 return
             advert = unpack(info.properties, time.time())
         except (MalformedMessage, ZeroconfError, ValueError, OSError) as exc:
@@ -226,10 +230,21 @@ def _open(interfaces: Sequence[Interface]) -> AsyncZeroconf | None:
     usable = [i for i in interfaces if not i.is_virtual and (i.is_loopback or is_private(i.ip) or i.ip.version == 4)]
     with_ipv4 = {i.name for i in usable if i.ip.version == 4}
     chosen = [i.address for i in usable if i.ip.version == 4 or (i.name not in with_ipv4 and not i.is_loopback)]
+    chosen = [address for address in dict.fromkeys(chosen) if _is_ours(address)]
     if not chosen:
         return None
     try:
-        return AsyncZeroconf(interfaces=list(dict.fromkeys(chosen)))
+        return AsyncZeroconf(interfaces=chosen)
     except (OSError, RuntimeError, ipaddress.AddressValueError) as exc:
         logger.warning("mDNS isn't possible addresses=%s reason=%s", ",".join(chosen), exc)
         return None
+
+
+def _is_ours(address: str) -> bool:
+    """Interfaces come and go; the library leaves sockets open when one has gone."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True

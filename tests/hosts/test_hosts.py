@@ -63,7 +63,7 @@ def test_a_swarm_is_found_from_another_host_and_from_its_own(three: Hosts) -> No
     there = three.laptop.tell("discover", 5)
     assert [(s["name"], s["fingerprint"], s["port"]) for s in there["found"]] == [("at home", fingerprint, 47100)]
     assert there["found"][0]["hosts"] == [three.box.host.address], "another machine's loopback is no way to reach it"
-    assert there["seconds"] < 3, "found and settled, not waited out"
+    assert there["seconds"] < 4.5, "found and settled, not waited out"
     here = three.box.tell("discover", 5)
     assert here["found"][0]["hosts"] == ["127.0.0.1", "::1", three.box.host.address]
     three.box.tell("silence")
