@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from skynet.errors import ConfigError, DiscoveryError, MalformedMessage, ProtocolError, VersionMismatch
 from skynet.protocol import hello as wire
@@ -56,6 +56,7 @@ class _Visit:
 
     source: str
     task: asyncio.Task[None] | None = None
+    is_started: bool = False  # its task owns the socket
     is_deciding: bool = False  # its Hello is in, our own decision is under way
 
 
@@ -69,6 +70,16 @@ class ListenerStats:
     failed: int = 0  # no TLS, no valid Hello, or too slow
     refused: int = 0
     welcomed: int = 0
+
+
+class _StreamProtocol(asyncio.StreamReaderProtocol):
+    """Keeps the transport that the handshake made."""
+
+    transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's aren't of that class
+        super().connection_made(transport)
 
 
 class AdmissionListener:
@@ -160,11 +171,13 @@ class AdmissionListener:
 
     def _left(self, visit: _Visit, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._visits.pop(visit, None)
-        connection.close()
+        if not visit.is_started:
+            connection.close()
         if not task.cancelled() and (exc := task.exception()):
             logger.error("admission failed source=%s", visit.source, exc_info=exc)
 
     async def _serve(self, visit: _Visit, connection: socket.socket) -> None:
+        visit.is_started = True
         writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
@@ -187,14 +200,20 @@ class AdmissionListener:
     async def _handshake(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=wire.MAX_MESSAGE_BYTES + _LENGTH.size, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol,
-            connection,
-            ssl=self._tls,
-            ssl_handshake_timeout=self._config.request_timeout_s,
-            ssl_shutdown_timeout=self._config.request_timeout_s,
-        )
+        protocol = _StreamProtocol(reader, loop=loop)
+        try:
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._config.request_timeout_s,
+                ssl_shutdown_timeout=self._config.request_timeout_s,
+            )
+        except BaseException:
+            # Cancelled between the end of the handshake and our turn, asyncio would wait for the peer to say goodbye.
+            if protocol.transport is not None:
+                protocol.transport.abort()
+            raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _decide(self, envelope: Envelope, challenge: Challenge, source: str) -> Welcome | Refused:
@@ -313,7 +332,12 @@ class _Attempt:
     async def run(self) -> Admission:
         try:
             reader, writer = await asyncio.open_connection(
-                self.host, self.port, ssl=self.tls, server_hostname="", limit=wire.MAX_MESSAGE_BYTES + _LENGTH.size
+                self.host,
+                self.port,
+                ssl=self.tls,
+                server_hostname="",
+                limit=wire.MAX_MESSAGE_BYTES + _LENGTH.size,
+                ssl_shutdown_timeout=1.0,
             )
         except (ConnectionResetError, ssl.SSLEOFError) as exc:
             raise _NotHeardError from exc
