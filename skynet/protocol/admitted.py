@@ -92,9 +92,9 @@ class PeerRegistry:
             self._suspended.pop(peer.peer_id, None)
             return peer.peer_id
 
-    def is_allowed(self, peer_id: str, domain: str) -> bool:
+    def is_allowed(self, peer_id: PeerId, domain: str) -> bool:
         """Whether frames from this peer count in that domain. On every frame's path: one lookup, no lock."""
-        peer = self._by_id.get(PeerId(peer_id))
+        peer = self._by_id.get(peer_id)
         return peer is not None and domain in peer.domains
 
     def key_of(self, peer_id: PeerId) -> bytes | None:

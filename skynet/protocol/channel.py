@@ -11,11 +11,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import zmq
+from zmq.backend import zmq_poll
 
 from skynet.errors import ProtocolError, StepAborted, WorkerLost, WorkerTimeout
 from skynet.protocol.codec import Buffer
@@ -27,6 +28,8 @@ from skynet.protocol.plan import Epoch
 from skynet.protocol.sockets import Port, Received, SocketFactory
 
 logger = logging.getLogger(__name__)
+_POLLIN: Final = int(zmq.POLLIN)
+_NOBLOCK: Final = int(zmq.NOBLOCK)
 MAX_ECHO_BYTES: Final = 4096
 _SLICE_S: Final = 0.02  # how often a link that is being opened is looked at
 
@@ -70,7 +73,7 @@ class DataChannel:
         self._aborted: Epoch | None = None
         self._is_interrupted = False
         self._pongs: dict[int, memoryview] = {}
-        self._poller = zmq.Poller()
+        self._polled: list[tuple[zmq.Socket[bytes], int]] = []
         self._ports: dict[zmq.Socket[bytes], Port] = {}
         self._guests: tuple[zmq.Socket[bytes], ...] = ()  # of the caller, during `wait`
         self._rebuild_poller()
@@ -199,11 +202,7 @@ class DataChannel:
     def recv_any(self, wanted: Collection[tuple[PeerId, Tag]], epoch: Epoch, deadline: float) -> Arrival:
         """Whichever of these comes first. Raises WorkerTimeout, StepAborted, WorkerLost (of any of them)."""
         headers = {(peer_id, data_header(epoch, tag)): tag for peer_id, tag in wanted}
-        for (peer_id, header), tag in headers.items():
-            payload = self._inbox.pop(peer_id, header)
-            if payload is not None:
-                return Arrival(peer_id, tag, payload)
-        return self._receive(headers, epoch, deadline)
+        return self._pop_any(headers) or self._receive(headers, epoch, deadline)
 
     def wait(
         self, sockets: Sequence[zmq.Socket[bytes]], deadline: float, *, spin: bool = False
@@ -223,9 +222,8 @@ class DataChannel:
                     until = min(until, now + _SLICE_S)
                 ready, was_woken = self._pump(until)
                 self._check(None)
-                found = [socket for socket in sockets if socket in ready]
-                if found or was_woken or time.monotonic() >= deadline:
-                    return found
+                if ready or was_woken or time.monotonic() >= deadline:
+                    return ready
         finally:
             self._guests = ()
             self._rebuild_poller()
@@ -233,51 +231,76 @@ class DataChannel:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _receive(self, wanted: dict[tuple[PeerId, bytes], Tag], epoch: Epoch, deadline: float) -> Arrival:
-        ports = {self._port_of(peer_id) for peer_id, _ in wanted}
-        spin_until = time.monotonic() + self._config.spin_s
+        polled, is_lost = self._sockets_of(wanted)
+        spin_until = time.monotonic() + self._config.spin_s if self._config.spin_s else 0.0
         while True:
-            for port in ports:
-                arrival = self._drain(port, wanted)
-                if arrival is not None:
-                    return arrival
             self._check(epoch)
-            now = time.monotonic()
-            if now < spin_until:
-                continue
-            for peer_id, _ in wanted:
-                self._path(peer_id)
-            if now >= deadline:
-                names = ", ".join(sorted({str(p) for p, _ in wanted}))
-                raise WorkerTimeout(
-                    f"peer {names}: nothing came for epoch {epoch} {next(iter(wanted.values()))} in time"
-                )
-            arrival = self._poll(deadline, wanted)[2]
+            # Of a lost peer, what is there already is still taken.
+            is_blocking = not is_lost and (not spin_until or time.monotonic() >= spin_until)
+            arrival = self._poll(deadline if is_blocking else 0.0, wanted, polled)[2]
             if arrival is not None:
                 return arrival
+            if is_lost:
+                self._raise_lost(wanted)
+            if is_blocking and time.monotonic() >= deadline:
+                names = ", ".join(sorted({str(p) for p, _ in wanted}))
+                tag = next(iter(wanted.values()))
+                raise WorkerTimeout(f"peer {names}: nothing came for epoch {epoch} {tag} before the deadline")
+            polled, is_lost = self._sockets_of(wanted)
 
-    def _pump(self, until: float) -> tuple[set[zmq.Socket[bytes]], bool]:
-        """Serve links until something happened; which sockets were ready, and whether `wake` was called."""
-        ready, was_woken, _ = self._poll(until, {})
+    def _sockets_of(self, wanted: Iterable[tuple[PeerId, bytes]]) -> tuple[list[tuple[zmq.Socket[bytes], int]], bool]:
+        """What to poll for these peers' frames, and whether one of the peers is lost."""
+        sockets, is_lost = [self._wake_receiver], False
+        for peer_id, _ in wanted:
+            link = self._links.get(peer_id)
+            if link is None or not link.is_established:
+                is_lost = True
+            else:
+                socket = link.path.port.socket if isinstance(link.path, DirectPath) else self._router.socket
+                if socket not in sockets:
+                    sockets.append(socket)
+        return (self._polled if is_lost else [(socket, _POLLIN) for socket in sockets]), is_lost
+
+    def _raise_lost(self, wanted: Iterable[tuple[PeerId, bytes]]) -> None:
+        for peer_id, _ in wanted:
+            self._path(peer_id)
+
+    def _pump(self, until: float) -> tuple[list[zmq.Socket[bytes]], bool]:
+        """Serve links until something happened; which guests were ready, and whether `wake` was called."""
+        guests, was_woken, _ = self._poll(until, {}, self._polled)
         now = time.monotonic()
         for link in self._links.all():
             self._advance(link, now)
-        return ready, was_woken
+        return guests, was_woken
 
     def _poll(
-        self, until: float, wanted: dict[tuple[PeerId, bytes], Tag]
-    ) -> tuple[set[zmq.Socket[bytes]], bool, Arrival | None]:
-        timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000))
-        ready = {socket for socket, _ in self._poller.poll(timeout_ms)}
-        was_woken, found = False, None
-        for socket in ready:
+        self,
+        until: float,
+        wanted: dict[tuple[PeerId, bytes], Tag],
+        polled: list[tuple[zmq.Socket[bytes], int]],
+    ) -> tuple[list[zmq.Socket[bytes]], bool, Arrival | None]:
+        """Wait once, then read at most one message per ready socket: asking again is cheaper than reading on."""
+        timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000)) if until else 0
+        guests: list[zmq.Socket[bytes]] = []
+        was_woken, has_notes, found = False, False, None
+        for socket, _ in zmq_poll(polled, timeout_ms):
             if socket is self._wake_receiver:
-                continue
-            port = self._ports.get(socket)
-            if port is not None and not socket.closed and found is None:
-                found = self._drain(port, wanted)
-        if self._wake_receiver in ready:  # last: what a lost peer sent before it went has been read by now
+                has_notes = True
+            elif socket in self._guests:
+                guests.append(socket)
+            elif found is None and not socket.closed:
+                found = self._read(self._ports[socket], wanted)  # type: ignore[index]
+        if has_notes and found is None:
             was_woken = self._read_notes()
-        return ready, was_woken, found
+            found = self._pop_any(wanted)
+        return guests, was_woken, found
+
+    def _pop_any(self, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
+        for (peer_id, header), tag in wanted.items():
+            payload = self._inbox.pop(peer_id, header)
+            if payload is not None:
+                return Arrival(peer_id, tag, payload)
+        return None
 
     def _advance(self, link: Link, now: float) -> None:
         try:
@@ -285,29 +308,34 @@ class DataChannel:
         except zmq.ZMQError as exc:
             logger.debug("link not ready peer=%s reason=%s", link.peer_id, exc)
 
-    def _drain(self, port: Port, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
-        """Read what is there; returns as soon as something wanted came, otherwise when the socket is empty."""
-        while not port.socket.closed:
-            try:
-                received = port.receive(zmq.NOBLOCK)
-            except zmq.Again:
+    def _read(self, port: Port, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
+        """Take one message from a socket that has one; returned if it is wanted, else handled or kept."""
+        received = port.receive(_NOBLOCK)
+        if received is None:
+            return None
+        try:
+            frame = split(received.frames)
+            if frame.type != FrameType.DATA:
+                self._control(port, received, frame)
                 return None
-            if received is None:
-                continue
-            try:
-                frame = split([part.buffer for part in received.frames])
-                if frame.type is FrameType.DATA:
-                    tag = wanted.get((received.peer_id, frame.header))
-                    if tag is not None:
-                        return Arrival(received.peer_id, tag, frame.payload)
-                    self._keep(received.peer_id, frame)
-                else:
-                    self._control(port, received, frame)
-            except ProtocolError as exc:
-                logger.warning("link closed peer=%s reason=%s", received.peer_id, exc)
-                self._links.close(received.peer_id, str(exc))
-                self._inbox.drop_peer(received.peer_id)
+            tag = wanted.get((received.peer_id, frame.header))
+            if tag is not None:
+                return Arrival(received.peer_id, tag, frame.payload)
+            self._keep(received.peer_id, frame)
+        except ProtocolError as exc:
+            logger.warning("link closed peer=%s reason=%s", received.peer_id, exc)
+            self._links.close(received.peer_id, str(exc))
+            self._inbox.drop_peer(received.peer_id)
         return None
+
+    def _read_all(self) -> None:
+        """Take everything that has arrived: what a lost peer sent before it went still counts."""
+        for socket, port in list(self._ports.items()):
+            while not socket.closed:
+                try:
+                    self._read(port, {})
+                except zmq.Again:
+                    break
 
     def _keep(self, peer_id: PeerId, frame: DataFrame) -> None:
         if not self.is_connected(peer_id):
@@ -329,11 +357,11 @@ class DataChannel:
 
     def _control_frame(self, link: Link, path: Path, frame: DataFrame) -> None:
         try:
-            if frame.type is FrameType.PING:
+            if frame.type == FrameType.PING:
                 echo = frame.payload if frame.payload.nbytes <= MAX_ECHO_BYTES else b""
                 number = int.from_bytes(frame.header[20:24], "little")
                 path.send(control_header(FrameType.PONG, number), echo)
-            elif frame.type is FrameType.PONG:
+            elif frame.type == FrameType.PONG:
                 number = int.from_bytes(frame.header[20:24], "little")
                 if number in self._pongs:
                     self._pongs[number] = frame.payload
@@ -356,10 +384,14 @@ class DataChannel:
             if what == "wake":
                 was_woken = True
             elif what == "gone":
+                self._read_all()
                 self._links.inbound_down(PeerId(str(subject)), connection)
             elif what == "up":
                 self._links.dial_up(int(subject))
+            elif what == "refused":
+                self._links.dial_refused(int(subject), time.monotonic())
             else:
+                self._read_all()
                 self._links.dial_down(int(subject))
         return was_woken
 
@@ -377,11 +409,6 @@ class DataChannel:
             raise WorkerLost(f"peer {peer_id}: {reason}; it needs a new link before anything can be sent")
         return link.path
 
-    def _port_of(self, peer_id: PeerId) -> Port:
-        link = self._links.get(peer_id)
-        path = None if link is None else link.path
-        return path.port if isinstance(path, DirectPath) else self._router
-
     def _why_not(self, peer_id: PeerId) -> str:
         link = self._links.get(peer_id)
         if link is None:
@@ -394,8 +421,6 @@ class DataChannel:
         return f"peer {peer_id}: none of {tried} could be reached, nor did it reach us; check addresses and firewalls"
 
     def _rebuild_poller(self) -> None:
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake_receiver, zmq.POLLIN)
         self._ports = {port.socket: port for port in (self._router, *self._links.ports())}
-        for socket in (*self._ports, *self._guests):
-            self._poller.register(socket, zmq.POLLIN)
+        polled = (*self._ports, *self._guests, self._wake_receiver)
+        self._polled = [(socket, _POLLIN) for socket in polled]

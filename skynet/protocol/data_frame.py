@@ -16,6 +16,7 @@ ZeroMQ frame, a larger one is a second frame. Control frames (all but DATA) have
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -64,28 +65,30 @@ def control_header(frame_type: FrameType, number: int = 0) -> bytes:
 class DataFrame(NamedTuple):
     """One decoded frame."""
 
-    type: FrameType
+    type: int  # a FrameType
     header: bytes
     payload: memoryview
 
 
-_TYPES: Final = {int(t): t for t in FrameType}
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_TYPES: Final = frozenset(int(t) for t in FrameType)
 
 
-def split(parts: list[memoryview]) -> DataFrame:
+def split(frames: Sequence[zmq.Frame]) -> DataFrame:
     """Header and payload of what arrived, views and not copies. Raises a ProtocolError."""
-    if not 1 <= len(parts) <= 2:
-        raise MalformedMessage(f"a data message has 1 or 2 frames, this one has {len(parts)}")
-    first = parts[0]
-    if first.nbytes < HEADER_BYTES or (len(parts) == 2 and first.nbytes != HEADER_BYTES):
-        raise MalformedMessage(f"a data header has {HEADER_BYTES} bytes, this frame has {first.nbytes}")
+    first = frames[0].buffer
     header = bytes(first[:HEADER_BYTES])
+    if len(header) < HEADER_BYTES or len(frames) > 2 or (len(frames) == 2 and first.nbytes != HEADER_BYTES):
+        raise MalformedMessage(
+            f"a data message is a header of {HEADER_BYTES} bytes and at most one more frame; "
+            f"this one has {len(frames)} frames, the first of {first.nbytes} bytes"
+        )
     if header[0] != VERSION:
         raise VersionMismatch(f"peer speaks data protocol {header[0]}, this side {VERSION}; upgrade the older")
-    frame_type = _TYPES.get(header[1])
-    if frame_type is None:
+    if header[1] not in _TYPES:
         raise MalformedMessage(f"data frame of unknown type {header[1]}")
-    return DataFrame(frame_type, header, parts[1] if len(parts) == 2 else first[HEADER_BYTES:])
+    return DataFrame(header[1], header, frames[1].buffer if len(frames) == 2 else first[HEADER_BYTES:])
 
 
 def epoch_of(header: bytes) -> Epoch:
@@ -102,12 +105,10 @@ def step_of(header: bytes) -> int:
 
 def send_on(socket: zmq.Socket[bytes], routing_id: bytes, header: bytes, payload: Buffer) -> None:
     """Queue one frame at once. Raises zmq.Again if the peer's queue is full, ZMQError (EHOSTUNREACH) if it is gone."""
-    if memoryview(payload).nbytes <= INLINE_BYTES:
-        parts: list[Buffer] = [b"".join((header, payload))]
-    else:
-        parts = [header, payload]
     if routing_id:
-        parts.insert(0, routing_id)
-    last = len(parts) - 1
-    for index, part in enumerate(parts):
-        socket.send(part, zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE)
+        socket.send(routing_id, _MORE)
+    if len(payload) <= INLINE_BYTES and memoryview(payload).nbytes <= INLINE_BYTES:
+        socket.send(b"".join((header, payload)), _NOBLOCK)
+    else:
+        socket.send(header, _MORE)
+        socket.send(payload, _NOBLOCK)

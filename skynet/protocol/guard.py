@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 _BYTES_RECEIVED: Final = struct.Struct("=Q")  # struct tcp_info, Linux 4.1 on
 _BYTES_RECEIVED_OFFSET: Final = 128
+_REFUSALS: Final = frozenset(
+    {zmq.Event.HANDSHAKE_FAILED_AUTH, zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL}
+)
 _HANDSHAKE_BYTES: Final = 4096  # greeting, CURVE and READY, with room
 _SECONDS_PER_CONNECTION: Final = 50e-6  # looking at one costs about 3 us; keep that to a few per cent of a core
 SUSPEND_S: Final = 60.0  # how long a peer that overflowed us isn't let in again
@@ -52,8 +55,7 @@ class GuardConfig:
 
 def frame_wire_bytes(payload_bytes: int) -> int:
     """What one frame takes on a CURVE connection: ZMTP flags and length, MESSAGE, nonce, box, flags byte."""
-    body = payload_bytes + 33
-    return body + (2 if body <= 255 else 9)
+    return payload_bytes + (35 if payload_bytes <= 222 else 42)  # a body of up to 255 bytes has a short length
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Watch:
     monitor: zmq.Socket[bytes]
     peer_id: PeerId | None = None  # the pinned server, for a dialling socket
     on_connected: Callable[[], None] | None = None  # handshake done; called in the guard's thread
+    on_refused: Callable[[], None] | None = None  # libzmq doesn't try again after this; called in the guard's thread
     on_disconnected: Callable[[PeerId, int], None] | None = None  # peer and connection; in the guard's thread
     credits: dict[int, Credit] = field(default_factory=dict)  # by fd
     connections: dict[int, _Connection] = field(default_factory=dict)
@@ -257,6 +260,8 @@ class GuardThread:
                 self._shut(connection)
         elif event == zmq.Event.HANDSHAKE_SUCCEEDED and watch.on_connected is not None:
             watch.on_connected()
+        elif event in _REFUSALS and watch.on_refused is not None:
+            watch.on_refused()
         elif event == zmq.Event.DISCONNECTED:
             watch.connections.pop(value, None)
             credit = watch.credits.pop(value, None)

@@ -25,6 +25,7 @@ from skynet.protocol.sockets import Port, SocketFactory
 logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 0.25  # how long the choosing side waits for its own connection when the other's stands already
 REACH_S: Final = 2.0  # how long addresses are tried before the relay is
+REFUSED_S: Final = 0.1  # until a refused dial is repeated
 DATA_DOMAIN: Final = "data"
 
 PathName = Literal["direct", "relayed"]
@@ -66,6 +67,7 @@ class Link:
     path: Path | None = None  # chosen
     is_established: bool = False  # agreed by both
     is_connecting: bool = False
+    refused: dict[int, float] = field(default_factory=dict)  # dials to repeat, and when
     said_hello: bool = False
     since: float = 0.0  # when dialling began, monotonic
     lost: str | None = None  # why it is over
@@ -81,6 +83,7 @@ class Links:
         self._numbers = itertools.count()
         self._links: dict[PeerId, Link] = {}
         self._dials: dict[int, Link] = {}
+        self._retries: dict[int, Callable[[], None]] = {}
         self.relayed_path: Callable[[PeerId], Path | None] = lambda peer_id: None
 
     def get(self, peer_id: PeerId) -> Link | None:
@@ -120,18 +123,22 @@ class Links:
         self._links[peer_id] = link
         link.is_connecting = True
         for host, port in link.addresses:
-            number = next(self._numbers)
-            endpoint = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-            link.candidates[number] = self._factory.connect_dealer(
-                endpoint,
-                key,
-                peer_id,
-                domain=DATA_DOMAIN,
-                on_connected=lambda number=number: self._post("up", number, 0),  # type: ignore[misc]
-                on_disconnected=lambda _, connection, number=number: self._post("down", number, connection),  # type: ignore[misc]
-            )
-            self._dials[number] = link
+            self._dial_one(link, key, f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         self._on_ports_changed()
+
+    def _dial_one(self, link: Link, key: bytes, endpoint: str) -> None:
+        number = next(self._numbers)
+        link.candidates[number] = self._factory.connect_dealer(
+            endpoint,
+            key,
+            link.peer_id,
+            domain=DATA_DOMAIN,
+            on_connected=lambda: self._post("up", number, 0),
+            on_refused=lambda: self._post("refused", number, 0),
+            on_disconnected=lambda _, connection: self._post("down", number, connection),
+        )
+        self._dials[number] = link
+        self._retries[number] = lambda: self._dial_one(link, key, endpoint)
 
     def close(self, peer_id: PeerId, reason: str) -> None:
         """End the link; the peer sees it at once."""
@@ -159,9 +166,12 @@ class Links:
     def _close_candidates(self, link: Link, keep: Port | None = None) -> None:
         for number, port in list(link.candidates.items()):
             if port is not keep:
-                port.close()
-                del link.candidates[number], self._dials[number]
+                self._close_one(link, number)
         self._on_ports_changed()
+
+    def _close_one(self, link: Link, number: int) -> None:
+        link.candidates.pop(number).close()
+        del self._dials[number], self._retries[number]
 
     # -- what the guard saw --------------------------------------------------------------------------------------------
 
@@ -170,6 +180,12 @@ class Links:
         link = self._dials.get(number)
         if link is not None and link.standing is None:
             link.standing = number
+
+    def dial_refused(self, number: int, now: float) -> None:
+        """The peer doesn't know our key, perhaps not yet: try again in a moment."""
+        link = self._dials.get(number)
+        if link is not None and link.is_connecting:
+            link.refused[number] = now + REFUSED_S
 
     def dial_down(self, number: int) -> None:
         """One of our dials lost its connection; libzmq tries again as long as the socket is open."""
@@ -203,6 +219,12 @@ class Links:
         """Do what is due for a link that isn't established yet."""
         if not link.is_connecting:
             return
+        for number in [n for n, due in link.refused.items() if now >= due and n in link.candidates]:
+            del link.refused[number]
+            retry = self._retries[number]
+            self._close_one(link, number)
+            retry()
+            self._on_ports_changed()
         if not link.is_chooser:
             if link.standing is not None and not link.said_hello:
                 DirectPath(link.candidates[link.standing]).send(control_header(FrameType.HELLO), b"")
@@ -221,19 +243,19 @@ class Links:
             return self.relayed_path(link.peer_id)
         return None
 
-    def control(self, link: Link, frame_type: FrameType, path: Path) -> None:
+    def control(self, link: Link, frame_type: int, path: Path) -> None:
         """Handle HELLO, KEEP, KEPT or BYE. Raises MalformedMessage for one that this peer may not send."""
-        if frame_type is FrameType.HELLO:
+        if frame_type == FrameType.HELLO:
             if isinstance(path, DirectPath) and path.routing_id:
                 link.inbound = path
-        elif frame_type is FrameType.BYE:
+        elif frame_type == FrameType.BYE:
             self.lose(link, "the peer closed it")
-        elif frame_type is FrameType.KEEP:
+        elif frame_type == FrameType.KEEP:
             if link.is_chooser:
                 raise MalformedMessage(f"peer {link.peer_id}: said KEEP, but choosing is up to this side")
             path.send(control_header(FrameType.KEPT), b"")
             self._establish(link, path)
-        elif frame_type is FrameType.KEPT and link.is_chooser and link.path == path:
+        elif frame_type == FrameType.KEPT and link.is_chooser and link.path == path:
             self._establish(link, path)
 
     def _establish(self, link: Link, path: Path) -> None:

@@ -41,8 +41,11 @@ def bytes_of(x: Tensor) -> memoryview:
     """The tensor's bytes, any dtype, without a copy if it is contiguous. On the CPU."""
     if not x.numel():
         return memoryview(b"")
-    data: memoryview = x.detach().contiguous().view(-1).view(torch.uint8).numpy().data
-    return data
+    flat = x.detach().contiguous()
+    if flat.dtype is torch.bfloat16:
+        flat = flat.view(torch.int16)  # numpy knows no bfloat16
+    elements: memoryview = flat.numpy().data
+    return elements.cast("B")
 
 
 def tensor_from(payload: memoryview, dtype: torch.dtype, shape: Sequence[int], sender: PeerId) -> Tensor:

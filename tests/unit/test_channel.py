@@ -222,6 +222,19 @@ def test_unreachable_peer_is_named_with_what_was_tried(make: Callable[..., Side]
         waiting.result(5)
 
 
+def test_dial_that_is_refused_at_first_gets_through_once_admitted(make: Callable[..., Side]) -> None:
+    a, b = make("a.cpu"), make("b.cpu")
+    a.factory.allow(b.factory.public_key, b.peer_id, {"data"})
+    address = [("127.0.0.1", b.channel.port)]
+    one = a.run(lambda: a.channel.connect(b.peer_id, b.factory.public_key, address, time.monotonic() + 5))
+    with pytest.raises(TimeoutError):
+        one.result(0.3)
+    b.factory.allow(a.factory.public_key, a.peer_id, {"data"})
+    other = b.run(lambda: b.channel.connect(a.peer_id, a.factory.public_key, [], time.monotonic() + 5))
+    one.result(10)
+    other.result(10)
+
+
 def test_wait_returns_for_a_guest_socket_and_for_wake(make: Callable[..., Side]) -> None:
     a = make("a.cpu")
     near, far = a.factory.pair()
