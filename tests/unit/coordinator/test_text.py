@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -197,9 +198,12 @@ TEMPLATES = [
 def test_chat_templates_render_as_in_transformers(template: str, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    chat = [{"role": "user", "content": " <b>señor</b> & 'x' "}, {"role": "assistant", "content": "ja", "name": None}]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": " <b>señor</b> & 'x' "},
+        {"role": "assistant", "content": "ja", "name": None},
+    ]
     directory = write_model(tmp_path, bos_token="<s>", eos_token={"content": "</s>"}, chat_template=template)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
+    theirs: Any = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]
     for prompt in (True, False):
         expected = theirs.apply_chat_template(
             chat, chat_template=template, tokenize=False, add_generation_prompt=prompt
