@@ -33,6 +33,7 @@ from skynet.protocol.ids import PeerId
 from skynet.protocol.sockets import Received
 
 QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEWER = settings(QUICK, max_examples=80)
 NUMBERS = st.integers(-(2**70), 2**70) | st.integers(-2, 40)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8) | st.sampled_from([*DTYPES, "F8_E4M3"]),
@@ -74,7 +75,7 @@ def test_random_bytes_for_a_header_give_one_clear_error(header: bytes, file_byte
     check_header(header, file_bytes)
 
 
-@QUICK
+@FEWER
 @given(header=HEADERS, rest=st.integers(0, 64))
 @example(header={"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, rest=4)
 @example(header={"a": {"dtype": "F32", "shape": [2**63, 2], "data_offsets": [0, 4]}}, rest=4)
@@ -110,7 +111,7 @@ def test_a_deeply_nested_header_or_index_is_refused() -> None:
             parse_index(bomb, "model.safetensors.index.json")
 
 
-@QUICK
+@FEWER
 @given(
     index=st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=6), st.text(max_size=12)) | JSON})
     | JSON

@@ -151,6 +151,21 @@ class WeightStore:
         self._want(chunks)
         self._prefetcher.submit(self._run_ahead, tuple(chunks))
 
+    def fetch_soon(self, chunks: Iterable[ChunkRef]) -> None:
+        """Start to fetch several chunks at once that are about to be read, as far as the window allows."""
+        if self._remote:
+            for chunk in chunks:
+                with self._lock:
+                    room = sum(self._ahead.values()) + chunk.num_bytes <= self._config.max_cache_bytes // 2
+                    is_new = chunk.digest not in self._arrived and chunk.digest not in self._ahead
+                if room and is_new and not self._is_here(chunk):
+                    self._fetch_ahead(chunk)
+
+    def _fetch_ahead(self, chunk: ChunkRef) -> None:
+        with self._lock:
+            self._ahead[chunk.digest] = chunk.num_bytes
+        self._start(chunk)
+
     def _run_ahead(self, chunks: tuple[ChunkRef, ...]) -> None:
         for chunk in chunks:
             if self._is_here(chunk) or chunk.digest in self._arrived:
@@ -160,8 +175,7 @@ class WeightStore:
                     self._lock.wait(_WAIT_POLL_S)
                 if self._cancel.is_set():
                     return
-                self._ahead[chunk.digest] = chunk.num_bytes
-            self._start(chunk)
+            self._fetch_ahead(chunk)
 
     def _is_here(self, chunk: ChunkRef) -> bool:
         return self.cache.has(chunk.digest) or any(copy.may_have(chunk) for copy in self._local)

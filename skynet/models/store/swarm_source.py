@@ -59,6 +59,8 @@ class SwarmSource:
         target: Bytes = tensor.flatten().view(torch.uint8).numpy()
         wanted = {piece.chunk: piece for piece in pieces(self._store.manifest, entry, selection)}
 
+        self._store.fetch_soon(wanted)
+
         def fill(chunk: ChunkRef) -> None:
             self._fill(wanted[chunk], selection, target)
 

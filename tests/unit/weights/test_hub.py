@@ -13,6 +13,7 @@ from huggingface_hub import close_session
 from skynet.errors import ModelError, StepAborted, WeightError
 from skynet.models.checkpoint import build_manifest
 from skynet.models.hub import Hub, HubConfig, HubModel
+from skynet.models.hub_files import hub_small_files
 from skynet.models.hub_manifest import HubManifestBuilder
 from skynet.models.manifest import Manifest
 from skynet.models.store.hub_chunks import HubChunks
@@ -79,6 +80,26 @@ def test_slices_come_by_range_and_no_file_is_kept(
         assert store.progress.bytes_by_source.keys() == {"hub"}
     chunks = manifest.file("model.safetensors").num_chunks
     assert len(server.ranges_of("model.safetensors")) == chunks
+
+
+def test_configuration_is_had_before_any_weight(hub: Hub, model: HubModel, server: FakeHub, tmp_path: Path) -> None:
+    directory = hub_small_files(hub, model, tmp_path / "cache")
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == {
+        name: data for name, data in server.files.items() if name != "model.safetensors"
+    }
+    assert server.ranges_of("model.safetensors") == []
+    before = len(server.requests)
+    assert hub_small_files(hub, model, tmp_path / "cache") == directory
+    assert len(server.requests) == before
+
+
+def test_a_worker_knows_a_hub_model_by_id_and_revision_alone(
+    hub: Hub, model: HubModel, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    manifest = build(hub, model, tmp_path)
+    source = HubChunks(hub, HubModel(REPO, COMMIT))
+    with WeightStore(manifest, StoreConfig(cache_dir=tmp_path / "cache"), remote=[source]) as store:
+        assert torch.equal(SwarmSource(store).read("experts"), tensors["experts"])
 
 
 def test_a_download_goes_on_where_the_connection_broke(
