@@ -61,7 +61,9 @@ def allot(
             if may_skip or position == 0:
                 _begin(new, chosen, option, index)
             if slowest_stage:
-                _extend_slowest(best, new, chosen, option, index)
+                middle = _middle_slowest if may_skip else _middle_slowest_all
+                middle(best, new, chosen, option, index)
+                _end_slowest(best, new, chosen, option, index)
             else:
                 _extend_sum(best, new, chosen, option, index, entry_cost)
         choices.append(chosen)
@@ -116,14 +118,14 @@ def _extend_sum(
             new[num_layers], chosen[num_layers] = cost, (s, index)
 
 
-def _extend_slowest(
+def _middle_slowest(
     best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int
 ) -> None:
+    """The group as a middle stage. best[s] grows with s (dropping a layer costs nothing, dropping a group neither) and
+    the stage's own cost falls, so their maximum is least next to where they cross."""
     prefix, low = option.prefix, option.low
-    num_layers = len(prefix) - 1
-    # best[s] grows with s and the stage's own cost falls, so their maximum is least next to where they cross.
     crossing = 1
-    for i in range(2, num_layers):
+    for i in range(2, len(prefix) - 1):
         lowest, upto = max(1, low[i]), prefix[i]
         if best[lowest] == INFINITY:
             break
@@ -135,8 +137,28 @@ def _extend_slowest(
             new[i], chosen[i] = cost, (crossing, index)
         if crossing > lowest and (cost := upto - prefix[crossing - 1]) < new[i] and best[crossing - 1] <= cost:
             new[i], chosen[i] = cost, (crossing - 1, index)
-    total = prefix[num_layers]
+
+
+def _middle_slowest_all(
+    best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int
+) -> None:
+    """The same where best[s] needn't grow with s, since every group must have a layer."""
+    prefix, low = option.prefix, option.low
+    for i in range(2, len(prefix) - 1):
+        for s in range(i - 1, max(1, low[i]) - 1, -1):
+            own = prefix[i] - prefix[s]
+            if own >= new[i]:  # and it only grows as s falls
+                break
+            if (cost := max(best[s], own)) < new[i]:
+                new[i], chosen[i] = cost, (s, index)
+
+
+def _end_slowest(best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int) -> None:
+    """The group as the last stage."""
+    prefix = option.prefix
+    num_layers = len(prefix) - 1
+    total = prefix[num_layers] + option.last_cost
     for s in range(max(1, option.last_start), num_layers):
-        before, own = best[s], total - prefix[s] + option.last_cost
+        before, own = best[s], total - prefix[s]
         if (cost := before if before > own else own) < new[num_layers]:
             new[num_layers], chosen[num_layers] = cost, (s, index)

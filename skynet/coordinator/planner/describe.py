@@ -85,6 +85,8 @@ class _Reader:
         """Whatever a profile itself refuses."""
         try:
             return make()
+        except ConfigError:
+            raise
         except ValueError as exc:
             self.fail(node, f"{what}: {exc}")
 

@@ -13,6 +13,7 @@ Replicas = tuple[Chain, ...]
 
 _SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
 _TRADES = 30
+_FEW_REPLICAS = 6  # up to here each replica in turn is dissolved into the others
 
 
 def rate(replicas: Replicas) -> float:
@@ -38,9 +39,13 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
             break
     if not found:
         return []
+    if not search.swarm.is_large:
+        found.append(_peeled(search, workers))
     best = max(found, key=rate)
     if not search.swarm.is_large:
         found.append(_trade(search, best, workers))
+        if 1 < len(best) <= _FEW_REPLICAS:
+            found += [_trade(search, best[:i] + best[i + 1 :], workers) for i in range(len(best))]
     return [*found, *(_trimmed(search, replicas) for replicas in found if not search.swarm.is_large)]
 
 
@@ -81,6 +86,19 @@ def _in_clusters(search: Search, workers: Sequence[int], least: int) -> Replicas
             if chain is not None:
                 found.append(chain)
                 cluster, held = [], 0
+    return tuple(found)
+
+
+def _peeled(search: Search, workers: Sequence[int]) -> Replicas:
+    """Always the replica with the highest rate per worker next, among all layouts tried on those who are left."""
+    found: list[Chain] = []
+    left = list(workers)
+    while left and search.best(left) is not None:
+        usable = set(left)
+        chains = [c for c in search.chains() if usable.issuperset(itertools.chain(*c.arrangement))]
+        chosen = min(chains, key=lambda c: (c.value * c.num_workers, c.num_workers, c.arrangement))
+        found.append(chosen)
+        left = [w for w in left if w not in set(itertools.chain(*chosen.arrangement))]
     return tuple(found)
 
 

@@ -13,6 +13,9 @@ from skynet.coordinator.planner.swarm import Group, Swarm
 
 _NEW_RANK = 60  # effort of working out one rank of a new group, in the unit of `search_effort`
 _MAX_LOCAL_WORKERS = 40
+_FEW_WORKERS = 12
+_SPLIT_UP_TO = 5  # ranks of a group that local search divides in every way
+_STARTS = 3  # local searches among few workers
 _POOL = 48
 
 
@@ -50,9 +53,12 @@ class Search:
         if len(workers) <= self.swarm.config.exact_up_to:
             subsets = (s for k in range(1, len(workers) + 1) for s in itertools.combinations(workers, k))
             return best_of(self.exhaust(subset) for subset in subsets)
-        best = best_of(self.try_layout(arrangement) for arrangement in self._constructed(workers))
-        best = best or self._last_resort(workers)
-        return None if best is None else self.improve(best, workers)
+        built = [self.try_layout(arrangement) for arrangement in self._constructed(workers)]
+        fitting = [chain for chain in built if chain is not None] or self._last_resort(workers)
+        starts = sorted(fitting, key=lambda c: (c.value, c.num_workers, c.arrangement))
+        several = _STARTS if len(workers) <= _FEW_WORKERS else 1
+        distinct = list({chain.arrangement: chain for chain in starts}.values())[:several]
+        return best_of([self.improve(chain, workers) for chain in distinct])
 
     def _constructed(self, workers: Sequence[int]) -> Iterator[Arrangement]:
         for members in group_lists(self.swarm, workers):
@@ -104,25 +110,34 @@ class Search:
             held += following.room
         return chosen
 
-    def _last_resort(self, workers: Sequence[int]) -> Chain | None:
+    def _last_resort(self, workers: Sequence[int]) -> list[Chain]:
         """Memory is short: every worker must help, in stages by room, then in ever larger groups, near or not."""
         swarm = self.swarm
         if not swarm.has_full_variants:
             swarm.use_full_variants()
             self.tried = {layout: chain for layout, chain in self.tried.items() if chain is not None}
         ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
-        sizes = [s for s in (1, 2, 3, 4, 6, 8) if s <= len(ordered)] if len(ordered) <= 200 else [1, 2, 4]
-        for size in sizes:
-            by_room = [swarm.canonical(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-            mixed = [swarm.canonical(ordered[i :: -(-len(ordered) // size)]) for i in range(-(-len(ordered) // size))]
+        found: list[Chain] = []
+        for arrangement in self._roomy_layouts(ordered):
+            chain = self.try_layout(arrangement)
+            if chain is not None:
+                found.append(chain)
+                if len(workers) > _FEW_WORKERS:
+                    break
+        return found
+
+    def _roomy_layouts(self, ordered: list[int]) -> Iterator[Arrangement]:
+        """All of these workers, roomiest first: runs and mixtures of every size, then one group of all."""
+        swarm, count = self.swarm, len(ordered)
+        for size in (s for s in ((1, 2, 3, 4, 6, 8) if count <= 200 else (1, 2, 4)) if s <= count):
+            by_room = [swarm.canonical(ordered[i : i + size]) for i in range(0, count, size)]
+            stages = -(-count // size)
+            mixed = [swarm.canonical(ordered[i::stages]) for i in range(stages)]
             for members in (by_room, mixed):
-                groups = [swarm.group(m) for m in members]
-                chain = self.try_layout(order_groups(swarm, groups)) or self.try_layout(tuple(members))
-                if chain is not None:
-                    return chain
-        if len(ordered) <= swarm.config.max_group_size:
-            return self.try_layout((swarm.canonical(ordered),))
-        return None
+                yield order_groups(swarm, [swarm.group(m) for m in members])
+                yield tuple(members)
+        if count <= swarm.config.max_group_size:
+            yield (swarm.canonical(ordered),)
 
     def improve(
         self, chain: Chain, workers: Sequence[int], moves: Callable[..., Iterable[Arrangement]] | None = None
@@ -203,12 +218,17 @@ def without_one(arrangement: Arrangement) -> Iterator[Arrangement]:
 
 
 def neighbours(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
-    """Layouts one move away: merge or exchange stages, move, exchange, drop or add a worker."""
+    """Layouts one move away: merge, split or exchange stages; move, exchange, drop or add a worker."""
     limit = swarm.config.max_group_size
     stages = list(arrangement)
     for i, (a, b) in enumerate(itertools.pairwise(stages)):
         if len(a) + len(b) <= limit:
             yield (*stages[:i], swarm.canonical(a + b), *stages[i + 2 :])
+    for i, members in enumerate(stages):
+        if len(members) <= _SPLIT_UP_TO:
+            for a, b in halves(members):
+                yield (*stages[:i], a, b, *stages[i + 1 :])
+                yield (*stages[:i], b, a, *stages[i + 1 :])
     for i, j in itertools.combinations(range(len(stages)), 2):
         swapped = list(stages)
         swapped[i], swapped[j] = stages[j], stages[i]
@@ -222,6 +242,14 @@ def neighbours(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) ->
             left = tuple(m for m in members if m != worker)
             rest = (*stages[:i], *((left,) if left else ()), *stages[i + 1 :])
             yield from _inserted(swarm, rest, worker, limit)
+
+
+def halves(members: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every division of a group in two."""
+    first, rest = members[:1], members[1:]
+    for count in range(len(rest)):
+        for with_first in itertools.combinations(rest, count):
+            yield first + with_first, tuple(m for m in rest if m not in with_first)
 
 
 def replaced(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
