@@ -49,7 +49,8 @@ class GuardConfig:
     # Before its first frame is read a connection may still be a stranger, so every peer starts with a small message
     # and waits for an answer before it sends more than this.
     max_unidentified_bytes: int = 1 << 20
-    max_unidentified: int = 256  # connections per socket that haven't sent a frame yet
+    max_unidentified: int = 512  # connections per socket that haven't sent a frame yet
+    max_unidentified_per_host: int = 64
     interval_s: float = 0.05  # between two looks at the counters; 0.005 while a connection is unidentified
 
 
@@ -73,6 +74,8 @@ class _Connection:
     fd: int
     inode: int
     is_accepted: bool
+    host: str = ""
+    is_cut: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +143,16 @@ def _shut_down(connection: _Connection) -> None:
         except OSError as exc:
             if exc.errno != errno.ENOTCONN:  # it ended by itself
                 raise
+
+
+def _host_of(connection: _Connection) -> str:
+    with _duplicate(connection) as duplicate:
+        if duplicate is None:
+            return ""
+        try:
+            return str(duplicate.getpeername()[0])
+        except OSError:
+            return ""
 
 
 class GuardThread:
@@ -254,9 +267,10 @@ class GuardThread:
             except OSError:
                 return  # already closed; its DISCONNECTED follows
             connection = _Connection(value, inode, is_accepted=event == zmq.Event.ACCEPTED)
+            connection.host = _host_of(connection)
             watch.connections[value] = connection
-            if self._num_unidentified(watch) > self._config.max_unidentified:
-                logger.warning("too many silent connections domain=%s, one more refused", watch.domain)
+            if connection.is_accepted and self._is_crowded(watch, connection.host):
+                logger.info("too many silent connections domain=%s host=%s, one refused", watch.domain, connection.host)
                 self._shut(connection)
         elif event == zmq.Event.HANDSHAKE_SUCCEEDED and watch.on_connected is not None:
             watch.on_connected()
@@ -269,9 +283,11 @@ class GuardThread:
             if peer_id is not None and watch.on_disconnected is not None:
                 watch.on_disconnected(peer_id, value)
 
-    @staticmethod
-    def _num_unidentified(watch: Watch) -> int:
-        return sum(1 for fd, c in watch.connections.items() if c.is_accepted and fd not in watch.credits)
+    def _is_crowded(self, watch: Watch, host: str) -> bool:
+        silent = [c.host for fd, c in watch.connections.items() if c.is_accepted and fd not in watch.credits]
+        return (
+            len(silent) > self._config.max_unidentified or silent.count(host) > self._config.max_unidentified_per_host
+        )
 
     def _look(self, now: float) -> float:
         """Compare every connection's counters; returns the seconds until the next look is due."""
@@ -285,7 +301,7 @@ class GuardThread:
                 is_stranger = credit is None and connection.is_accepted
                 has_stranger |= is_stranger
                 bound = self._config.max_unidentified_bytes if is_stranger else self._config.max_undelivered_bytes
-                if received is not None and received - delivered > bound + _HANDSHAKE_BYTES:
+                if received is not None and not connection.is_cut and received - delivered > bound + _HANDSHAKE_BYTES:
                     self._overflow(watch, connection, credit, received - delivered, now)
         interval = 0.005 if has_stranger else self._config.interval_s
         return max(interval, num_connections * _SECONDS_PER_CONNECTION)
@@ -294,7 +310,8 @@ class GuardThread:
         self, watch: Watch, connection: _Connection, credit: Credit | None, undelivered: int, now: float
     ) -> None:
         peer_id = watch.peer_id if credit is None else credit.peer_id
-        logger.warning("connection cut domain=%s peer=%s undelivered_bytes=%d", watch.domain, peer_id, undelivered)
+        level = logging.INFO if peer_id is None else logging.WARNING  # strangers don't fill the log
+        logger.log(level, "connection cut domain=%s peer=%s undelivered_bytes=%d", watch.domain, peer_id, undelivered)
         if peer_id is not None:
             self._registry.suspend(peer_id, now + SUSPEND_S)
         self._shut(connection)
@@ -308,5 +325,7 @@ class GuardThread:
                     self._shut(connection)
 
     def _shut(self, connection: _Connection) -> None:
-        self._num_cut += 1
-        _shut_down(connection)
+        if not connection.is_cut:
+            connection.is_cut = True
+            self._num_cut += 1
+            _shut_down(connection)

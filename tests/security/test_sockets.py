@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,39 @@ def test_message_of_too_many_frames_is_dropped_and_others_are_served(swarm: Swar
     received = next_message(listening)
     assert received is not None
     assert received.peer_id == BOB
+
+
+def test_silent_connections_of_one_host_are_bounded_and_an_admitted_peer_is_served(swarm: Swarm) -> None:
+    server, bob = swarm.factory(), swarm.factory()
+    server.allow(bob.public_key, BOB, {"data"})
+    listening = swarm.server(server)
+    bobs = swarm.client(bob, server, listening)
+    bobs.socket.send(b"before")
+    assert next_message(listening) is not None
+    limit = server.config.guard.max_unidentified_per_host
+    with contextlib.ExitStack() as open_sockets:
+        silent = [
+            open_sockets.enter_context(socket.create_connection(("127.0.0.1", listening.number), timeout=0.01))
+            for _ in range(limit + 10)
+        ]
+        is_closed = [ended(each) for each in silent]
+        assert 10 <= sum(is_closed) <= 20
+        bobs.socket.send(b"during")
+        received = next_message(listening)
+    assert received is not None
+    assert received.frames[0].bytes == b"during"
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the other side closed it; a live one has sent its greeting and waits."""
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def test_event_loop_receives_and_sends_many_messages_both_ways(swarm: Swarm) -> None:
