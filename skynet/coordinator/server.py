@@ -210,7 +210,9 @@ class CoordinatorServer:
     async def run(self) -> None:
         """Until cancelled."""
         self.listener.start()
-        advertiser = Advertiser(self.config.name, self.swarm_key, self.listener.port, self.hosts)
+        advertiser = Advertiser(
+            self.config.name, self.swarm_key, self.listener.port, self.hosts, certificate=self.certificate
+        )
         if self.config.mdns:
             await advertiser.start()
         try:

@@ -102,6 +102,7 @@ class Switchboard(Generic[M]):
         self._port = port
         self._decoder = Decoder(*kinds)
         self._on_message = on_message
+        self._is_closed = False
         self._routes: dict[PeerId, tuple[bytes, int]] = {}  # routing id, connection
 
     async def run(self) -> None:
@@ -125,7 +126,7 @@ class Switchboard(Generic[M]):
     def send(self, peer_id: PeerId, message: Any) -> bool:
         """Queue a message for a peer. False: it has no connection, or doesn't read what it gets."""
         route = self._routes.get(peer_id)
-        return route is not None and self._port.send(encode(message), route[0])
+        return route is not None and not self._is_closed and self._port.send(encode(message), route[0])
 
     def connection_of(self, peer_id: PeerId) -> int | None:
         """Which connection a peer used last; None if it has none."""
@@ -137,6 +138,8 @@ class Switchboard(Generic[M]):
         self._routes.pop(peer_id, None)
 
     def close(self) -> None:
+        """Close; twice is fine."""
+        self._is_closed = True
         self._port.close()
 
 

@@ -114,7 +114,8 @@ class LocalSwarm:
         nodes = [*self.workers.values(), *([self.coordinator] if self.coordinator else [])]
         for node in nodes:
             node.resume()
-            node.interrupt()
+            if not node.is_interrupted:
+                node.interrupt()
         for node in reversed(nodes):  # without their coordinator, workers have nobody to take leave of
             node.stop()
         self._loop.stop()

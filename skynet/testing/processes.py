@@ -28,7 +28,7 @@ class NodeProcess:
     lines: list[str] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _reader: threading.Thread | None = None
-    _is_interrupted: bool = False
+    is_interrupted: bool = False
 
     @classmethod
     def start(
@@ -113,7 +113,7 @@ class NodeProcess:
 
     def interrupt(self) -> None:
         """What Ctrl-C sends."""
-        self._is_interrupted = True
+        self.is_interrupted = True
         self._signal(signal.SIGINT)
 
     def _signal(self, number: int) -> None:
@@ -132,7 +132,7 @@ class NodeProcess:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End it for certain: a second interrupt leaves at once, SIGKILL if even that doesn't help."""
         self.resume()
-        if not self._is_interrupted:
+        if not self.is_interrupted:
             self.interrupt()
         try:
             self.process.wait(timeout_s / 2)

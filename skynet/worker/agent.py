@@ -210,6 +210,8 @@ class Agent:
         """One membership, from Join to the loss of the link. Raises LinkLost."""
         self._worker_id = WorkerId(ticket.welcome.peer_id)
         self._lease_s = ticket.welcome.lease_s
+        # Before the links are opened: a key that replaces another one cuts what is open.
+        self._factory.allow(ticket.welcome.coordinator.curve_key, COORDINATOR, {"bulk"})
         self._link = await ControlLink.open(ticket, TO_WORKER, self._factory)
         self._ticket = ticket
         self._compute.order(

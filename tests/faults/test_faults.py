@@ -1,0 +1,72 @@
+"""Whatever happens to workers, the client's text is the undisturbed one, each token once."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import Patient
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def kill_last(patient: Patient) -> None:
+    patient.holding(-1, -1).kill()
+
+
+def kill_first(patient: Patient) -> None:
+    patient.holding(0, 0).kill()
+
+
+def join(patient: Patient) -> None:
+    patient.swarm.start_worker().wait_for("worker ready", 60)
+
+
+def test_a_killed_worker_is_replaced_mid_answer(patient: Patient) -> None:
+    patient.assert_undisturbed(patient.answer({20: kill_last}))
+
+
+def test_a_worker_that_hangs_is_replaced_mid_answer(patient: Patient) -> None:
+    patient.assert_undisturbed(patient.answer({20: lambda p: p.holding(0, 0).pause()}))
+
+
+def test_a_clean_leave_moves_the_work_without_a_gap(patient: Patient) -> None:
+    leaver = patient.holding(0, -1)
+    patient.assert_undisturbed(patient.answer({20: lambda _: leaver.interrupt()}))
+    assert leaver.wait(30) == 0
+
+
+def test_a_leave_and_a_join_together(patient: Patient) -> None:
+    def swap(patient: Patient) -> None:
+        patient.holding(0, 0).interrupt()
+        join(patient)
+
+    patient.assert_undisturbed(patient.answer({20: swap}))
+
+
+def test_two_losses_in_a_row(patient: Patient) -> None:
+    join(patient)  # so that something is left to lose
+    patient.assert_undisturbed(patient.answer({20: kill_last, 50: kill_first}))
+
+
+def test_a_loss_during_recovery(patient: Patient) -> None:
+    join(patient)
+
+    def twice(patient: Patient) -> None:
+        first, second = patient.holding(0, 0), patient.holding(-1, -1)
+        first.kill()
+        assert patient.swarm.coordinator is not None
+        patient.swarm.coordinator.wait_for("replica broken", 30)
+        second.kill()
+
+    patient.assert_undisturbed(patient.answer({20: twice}))
+
+
+def test_a_restarted_coordinator_finds_its_workers_and_the_answer_goes_on(patient: Patient) -> None:
+    def restart(patient: Patient) -> None:
+        assert patient.swarm.coordinator is not None
+        patient.swarm.coordinator.kill()
+        patient.swarm.start_coordinator()
+
+    patient.assert_undisturbed(patient.answer({30: restart}))
+    for worker in patient.swarm.workers.values():
+        worker.wait_for("shard reused", 30)
