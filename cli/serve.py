@@ -55,7 +55,9 @@ def coordinator(
     bind: Annotated[
         list[str] | None, typer.Option(help="Listen on this address instead of the local networks; forces invites.")
     ] = None,
-    admission: Annotated[str, typer.Option(help="Who may enter: lan, approve or invite.")] = "lan",
+    admission: Annotated[
+        str | None, typer.Option(help="Who may enter: lan, approve or invite. Default: as before, lan at first.")
+    ] = None,
     mdns: Annotated[bool, typer.Option(help="Announce the swarm on the local network.")] = True,
     database: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the state store. Default: SQLite beside the keys.")

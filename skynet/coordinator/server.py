@@ -30,7 +30,7 @@ from skynet.protocol.control import Switchboard
 from skynet.protocol.discovery import Advertiser
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.hello import Hello, Refused, Welcome
-from skynet.protocol.identity import ProcessKey, SwarmKey
+from skynet.protocol.identity import CurveCertificate, ProcessKey, SwarmKey
 from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import (
     TO_COORDINATOR,
@@ -177,7 +177,6 @@ class CoordinatorServer:
             self.store.set_mode(_mode(config.admission))
         self.gatekeeper = Gatekeeper(self.store, forces_invite=forces_invite)
         self.process_key = ProcessKey.generate()
-        self.certificate = self.process_key.certify(self.swarm_key, self.swarm_key.public_key, time.time())
         self.factory = SocketFactory(self.process_key.public, self.process_key.secret)
         self.membership = Membership(lease_s=config.lease_s)
         self._admitted: dict[PeerId, _Admitted] = {}
@@ -211,7 +210,7 @@ class CoordinatorServer:
         """Until cancelled."""
         self.listener.start()
         advertiser = Advertiser(
-            self.config.name, self.swarm_key, self.listener.port, self.hosts, certificate=self.certificate
+            self.config.name, self.swarm_key, self.listener.port, self.hosts, certificate=self._certificate()
         )
         if self.config.mdns:
             await advertiser.start()
@@ -252,10 +251,15 @@ class CoordinatorServer:
         interfaces = local_interfaces()
         decision = await asyncio.to_thread(self.gatekeeper.decide, hello, source, interfaces, time.time())
         if isinstance(decision, Refused):
-            logger.info("refused node=%s source=%s reason=%s", hello.node_id, source, decision.reason)
             return decision
+        if self.store.nodes.is_revoked(hello.node_id):  # revoked while we decided; from here on nothing waits
+            return Refused(code="revoked", reason="this node was revoked by the swarm's owner, who alone can say why")
         self.let_in(decision, hello.certificate.curve_key)
-        return decision.welcome(self.certificate, self.ports, self.config.lease_s)
+        return decision.welcome(self._certificate(), self.ports, self.config.lease_s)
+
+    def _certificate(self) -> CurveCertificate:
+        """Our CURVE key, vouched for by the swarm's; made anew each time, since it holds for 30 days."""
+        return self.process_key.certify(self.swarm_key, self.swarm_key.public_key, time.time())
 
     def let_in(self, decision: Admitted, curve_key: bytes) -> None:
         """Open our sockets to this process's key."""

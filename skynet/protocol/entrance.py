@@ -84,7 +84,10 @@ async def enter(config: EntranceConfig, role: Role, suffix: str, process_key: Pr
         except DiscoveryError as exc:
             failure = exc
             continue
-        is_first = pins.pin(admission.welcome.swarm_name, admission.swarm_key, time.time())
+        is_asked_for = invite is not None or config.swarm is not None
+        is_first = pins.pin(
+            admission.welcome.swarm_name, admission.swarm_key, time.time(), beside_others=is_asked_for
+        )
         return Ticket(admission.welcome, admission.swarm_key, process_key, place.host, is_first)
     assert failure is not None
     raise failure
