@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from skynet.coordinator.text import AnswerText, TextModel
 from skynet.errors import ConfigError, ModelError
@@ -18,6 +18,9 @@ from skynet.models.manifest import Manifest, encode_manifest
 from skynet.models.spec import DTYPE_BYTES, ModelSpec
 from skynet.protocol.messages import ModelRef, Submit
 from skynet.protocol.plan import Dtype
+
+if TYPE_CHECKING:
+    from skynet.models.hub import Hub, HubModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,36 +56,66 @@ class ServedModel:
         return self.text.answer(submit.stop, prompt_ids)
 
 
-def open_model(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ServedModel:
-    """Read what serving a model needs: a directory, a hub id, or the embedded one. Blocking; no tensors are read.
+class _Found(NamedTuple):
+    """Where a model's files are. At least one of copy and hub model is there."""
 
-    Raises ModelError naming the file and the fix; an unsupported architecture is refused before anything is hashed.
+    name: str
+    small_files: Path  # config.json and tokenizer
+    copy: Path | None  # of everything, on this machine
+    hub: Hub | None = None
+    hub_model: HubModel | None = None
+
+
+def open_model(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ServedModel:
+    """Read what serving a model needs: a directory, a hub id, or the embedded one. Blocking; no tensors are kept.
+
+    Raises ModelError naming the file and the fix; an unsupported architecture is refused before any weight is read.
     """
-    directory = _directory(name)
-    spec = spec_of(name, dtype, cache_dir, hub_endpoint)
-    manifest = build_manifest(directory, cache_dir, _log_progress(name))
-    encoded = encode_manifest(manifest)
+    found = _find(name, cache_dir, hub_endpoint)
+    spec = _read_spec(found, dtype)
+    text = TextModel(found.small_files)
+    if found.copy is not None:
+        manifest = build_manifest(found.copy, cache_dir, _log_progress(name))
+    else:
+        from skynet.models.hub_manifest import HubManifestBuilder  # slow to import, and seldom needed
+
+        assert found.hub is not None
+        assert found.hub_model is not None
+        manifest = HubManifestBuilder(found.hub, found.hub_model, cache_dir, _log_progress(name)).build()
     ref = ModelRef(
-        name=name if name == EMBEDDED_NAME else str(directory.resolve()),
-        revision="",
+        name=found.name,
+        revision=found.hub_model.revision if found.hub_model else "",
         digest=str(manifest.digest),
-        manifest_bytes=len(encoded),
+        manifest_bytes=len(encode_manifest(manifest)),
     )
-    return ServedModel(ref, spec, TextModel(directory), manifest, directory)
+    return ServedModel(ref, spec, text, manifest, found.copy)
 
 
 def spec_of(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ModelSpec:
     """A model's shape, from its config.json alone."""
-    chosen = checked_dtype(dtype)
-    config = read_config(_directory(name))
-    return read_spec(config, chosen or stored_dtype(config))
+    return _read_spec(_find(name, cache_dir, hub_endpoint), dtype)
 
 
-def _directory(name: str) -> Path:
-    directory = EMBEDDED_DIR if name == EMBEDDED_NAME else Path(name).expanduser()
-    if not directory.is_dir():
-        raise ModelError(f"--model {name}: there is no such directory")
-    return directory
+def _read_spec(found: _Found, dtype: str | None) -> ModelSpec:
+    config = read_config(found.small_files)
+    return read_spec(config, checked_dtype(dtype) or stored_dtype(config))
+
+
+def _find(name: str, cache_dir: Path, hub_endpoint: str | None) -> _Found:
+    if name == EMBEDDED_NAME:
+        return _Found(name, EMBEDDED_DIR, EMBEDDED_DIR)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return _Found(str(directory.resolve()), directory, directory)
+    from skynet.models.hub import Hub, HubConfig  # slow to import, and seldom needed
+    from skynet.models.hub_files import hub_small_files
+
+    hub = Hub(HubConfig(endpoint=hub_endpoint) if hub_endpoint else HubConfig())
+    located = hub.locate(name)
+    if located.local is not None:
+        return _Found(name, located.local, located.local, hub, located.hub)
+    assert located.hub is not None
+    return _Found(name, hub_small_files(hub, located.hub, cache_dir), None, hub, located.hub)
 
 
 def stored_dtype(config: Mapping[str, object]) -> Dtype:

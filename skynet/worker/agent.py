@@ -140,7 +140,7 @@ class Agent:
         self._data_port = await asyncio.to_thread(self._compute.start)
         store = StoreConfig(cache_dir=self._config.cache_dir)
         self._sharing = ChunkSharing(self._factory, bindable(self._hosts), store, self._on_bad_sender)
-        self._loader = Loader(self._device, store, self._sharing)
+        self._loader = Loader(self._device, store, self._sharing, self._config.hub_endpoint)
         self._spawn(self._sharing.run(), "sharing")
         await self._be_member_until_released()
 

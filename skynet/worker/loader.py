@@ -15,6 +15,7 @@ import torch
 from skynet.errors import ModelError
 from skynet.models.embedded import EMBEDDED_DIR, EMBEDDED_NAME
 from skynet.models.manifest import Manifest, ManifestDigest
+from skynet.models.store.sources import ChunkSource
 from skynet.models.store.store import Progress, StoreConfig, WeightStore
 from skynet.models.store.swarm_source import SwarmSource
 from skynet.protocol.messages import ModelRef, Prepare
@@ -56,7 +57,9 @@ class Loader:
         device: torch.device,
         store: StoreConfig,
         sharing: ChunkSharing,
+        hub_endpoint: str | None = None,
     ) -> None:
+        self._hub_endpoint = hub_endpoint
         self._device = device
         self._store = store
         self._sharing = sharing
@@ -74,7 +77,7 @@ class Loader:
         model = self._models.get(order.model.digest)
         manifest = model.manifest if model else self._sharing.manifest(ManifestDigest(order.model.digest), cancel)
         self._sharing.offer(manifest, local)
-        remote = [self._sharing.chunks()]
+        remote = self._remote(order.model)
         with (
             WeightStore(manifest, self._store, local=local, remote=remote, on_progress=on_progress) as store,
             cancelled_by(cancel, store),
@@ -84,6 +87,16 @@ class Loader:
             stage = load_stage(model.config, order.assignment, SwarmSource(store), self._device)
         self._held[key] = stage
         return stage
+
+    def _remote(self, ref: ModelRef) -> list[ChunkSource]:
+        """Where chunks come from that this machine lacks: the hub first, if the model is from there."""
+        if not ref.revision:
+            return [self._sharing.chunks()]
+        from skynet.models.hub import Hub, HubConfig, HubModel  # slow to import, and seldom needed
+        from skynet.models.store.hub_chunks import HubChunks
+
+        hub = Hub(HubConfig(endpoint=self._hub_endpoint) if self._hub_endpoint else HubConfig())
+        return [HubChunks(hub, HubModel(ref.name, ref.revision)), self._sharing.chunks()]
 
     def keep_only(self, orders: Sequence[Prepare]) -> None:
         """Forget weights that none of these orders needs."""

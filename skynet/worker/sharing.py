@@ -77,11 +77,22 @@ class ChunkSharing:
         host = info.hosts[0]
         endpoint = f"tcp://[{host}]:{info.bulk_port}" if ":" in host else f"tcp://{host}:{info.bulk_port}"
         port = self._factory.asynchronous(
-            self._factory.connect_dealer(endpoint, info.curve_key, info.peer_id, domain="bulk")
+            self._factory.connect_dealer(
+                endpoint,
+                info.curve_key,
+                info.peer_id,
+                domain="bulk",
+                on_disconnected=lambda _peer, _connection: self._soon(client.link_lost),
+            )
         )
         client = BulkClient(port)
         running = asyncio.create_task(client.run(), name=f"bulk-{info.peer_id}")
         self._sources[info.peer_id] = _Source(info, port, LoopLink(info.peer_id, client, self._loop), running)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """From the guard's thread, which may outlive the loop."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
 
     async def _disconnect(self, peer_id: PeerId) -> None:
         source = self._sources.pop(peer_id)
