@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from skynet.models.tensors import DirectorySource, TensorSource
 from skynet.protocol.ids import SequenceId
 from skynet.protocol.plan import Dtype, Epoch
 from skynet.protocol.steps import RunStep, SamplingParams, SequencePart
-from skynet.testing.replica import GroupWrapper, LoopbackReplica, assignments
+from skynet.testing.replica import GroupWrapper, LoopbackReplica, StepResult, assignments
 from tests.oracle.checkpoints import Checkpoint
 
 LONG = [5, 77, 12, 99, 3, 64, 31, 8, 120, 45, 17, 60, 23, 88, 41, 2, 110, 9, 54, 70, 33, 6, 101]
@@ -44,14 +45,20 @@ def run_scenario(replica: LoopbackReplica) -> tuple[tuple[list[int], list[int]],
     """Both sequences with their continuations, and the logits of each sampled token in order of sampling."""
     sequences = (list(LONG), list(SHORT))
     logits = []
-    replica.run(make_step(0, [(0, LONG[:14], 0, False)]))
-    result = replica.run_with_logits(make_step(1, [(0, LONG[14:], 14, True), (1, SHORT, 0, True)]))
-    for number in range(2, 2 + NEW_TOKENS):
+    replica.run(make_step(0, [(0, LONG[:13], 0, False)]))
+    replica.run(make_step(1, [(0, LONG[13:14], 13, False)]))  # one row alone
+    result = replica.run_with_logits(make_step(2, [(0, LONG[14:], 14, True), (1, SHORT, 0, True)]))
+    for number in range(3, 3 + NEW_TOKENS):
         logits.append(result.logits)
         for sequence, token in zip(sequences, result.token_ids, strict=True):
             sequence.append(token)
         last = [(which, [sequence[-1]], len(sequence) - 1, True) for which, sequence in enumerate(sequences)]
-        result = replica.run_with_logits(make_step(number, last))
+        if number % 2:  # together
+            result = replica.run_with_logits(make_step(number, last))
+        else:  # each alone
+            each = [replica.run_with_logits(make_step(number, [one])) for one in last]
+            tokens, rows = zip(*each, strict=True)
+            result = StepResult(sum(tokens, ()), torch.cat(rows))
     return sequences, torch.stack(logits, 1)  # [2, NEW_TOKENS, vocabulary]
 
 
@@ -63,6 +70,14 @@ def expected_logits(checkpoint: Checkpoint, sequences: tuple[list[int], list[int
     return torch.stack(rows)
 
 
+class Measured(NamedTuple):
+    """A layout beside transformers; distances of logits in units of max(1, max |logit|)."""
+
+    distance: float  # the largest
+    mean_distance: float
+    tokens_agree: bool  # each greedy choice is transformers' own
+
+
 def measure(
     checkpoint: Checkpoint,
     weights: Sequence[Sequence[float]],
@@ -70,13 +85,12 @@ def measure(
     dtype: Dtype = "float32",
     source: TensorSource | None = None,
     wrap: GroupWrapper | None = None,
-) -> tuple[float, bool]:
-    """How far a layout's logits lie from transformers', in units of max(1, max |logit|), and whether the greedy tokens
-    are transformers' own."""
+) -> Measured:
+    """Runs the scenario in a layout."""
     layout = assignments(checkpoint.config, weights, dtype=dtype)
     replica = LoopbackReplica(checkpoint.config, source or DirectorySource(checkpoint.path), layout, wrap)
     sequences, logits = run_scenario(replica)
     expected = expected_logits(checkpoint, sequences)
     chosen = torch.tensor([s[len(p) :] for s, p in zip(sequences, (LONG, SHORT), strict=True)])
-    distance = (logits - expected).abs().max() / expected.abs().max().clamp(min=1)
-    return float(distance), torch.equal(expected.argmax(-1), chosen)
+    distances = (logits - expected).abs() / expected.abs().max().clamp(min=1)
+    return Measured(float(distances.max()), float(distances.mean()), torch.equal(expected.argmax(-1), chosen))

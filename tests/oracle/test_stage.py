@@ -67,7 +67,7 @@ def test_an_exported_sequence_goes_on_in_other_blocks_of_another_replica(checkpo
     with pytest.raises(StepRejected, match="blocks"):
         new.stages[0][0].cache.export_blocks(0, [64])
     with pytest.raises(StepRejected, match="belongs there"):
-        new.stages[0][0].cache.import_blocks(0, [1, 2], torch.zeros(2, 1, 2, 4, 16))
+        new.stages[0][0].cache.import_blocks(0, [1, 2], torch.zeros(2, 1, 3, 4, 16))
 
 
 def test_ranks_hold_between_them_each_matrix_once(checkpoint_named: Named) -> None:

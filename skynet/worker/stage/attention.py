@@ -56,7 +56,7 @@ class PagedAttention:
         """query: [T, H, K]; key_value: [T, 2, h, K]; cache: [2, h, slots, K], changed -> [T, H * K]."""
         write(cache, key_value, batch)
         if batch.num_tokens == 1:
-            return self._decode(query[0], cache, batch.parts[0], batch.block_size).view(1, -1)
+            return self._decode(query[0], cache, batch.parts[0], batch.block_size).reshape(1, -1)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for part in batch.parts:
             if part.num_rows == 1:
