@@ -82,10 +82,13 @@ def _search(swarm: Swarm, usable: list[int], current: Plan | None) -> list[Repli
     if swarm.config.layout is not None:
         return pinned_replicas(swarm, usable, swarm.config.layout)
     search = Search(swarm)
+    is_throughput = swarm.config.objective is Objective.THROUGHPUT
+    if is_throughput and swarm.is_large and (found := divisions(search, usable, None)):
+        return found  # one replica alone can't be the best use of so many
     best = search.best(usable)
     if current is not None and len(usable) > swarm.config.exact_up_to:
         _around(search, current, usable)
-    if swarm.config.objective is Objective.THROUGHPUT:
+    if is_throughput:
         return divisions(search, usable, best)
     chains = sorted(search.chains(), key=lambda c: (c.value, c.num_workers, c.arrangement))
     return [(levelled(swarm, chain),) for chain in chains[:_MAX_CANDIDATES]]
@@ -197,7 +200,8 @@ def _written_out(swarm: Swarm, chosen: Candidate, best: Candidate, current: Plan
         blocks = [replica.num_blocks for replica in current.replicas]
         replicas = tuple(_replica(swarm, c, n) for c, n in zip(ordered, blocks, strict=True))
     else:
-        replicas = tuple(_replica(swarm, chain, _blocks(swarm, chain, current)) for chain in chosen.replicas)
+        held = held_by(current, swarm)
+        replicas = tuple(_replica(swarm, chain, _blocks(swarm, chain, held)) for chain in chosen.replicas)
     used = {worker_id for replica in replicas for worker_id in replica.worker_ids}
     layout = config.layout
     is_met = layout is None or all(_is_layout(replica, layout) for replica in replicas)
@@ -242,11 +246,8 @@ def _replica(swarm: Swarm, chain: Chain, num_blocks: int) -> ReplicaPlan:
     return ReplicaPlan(stages=tuple(stages), num_blocks=num_blocks, prediction=prediction)
 
 
-def _blocks(swarm: Swarm, chain: Chain, current: Plan | None) -> int:
+def _blocks(swarm: Swarm, chain: Chain, held: dict[WorkerId, Held]) -> int:
     """KV blocks; fewer, if that lets every worker load beside what it holds and a quarter or more remains."""
-    if current is None:
-        return chain.num_blocks
-    held = held_by(current, swarm)
     blocks = chain.num_blocks
     for stage in chain.stages:
         layers = LayerSpan(stage.start, stage.end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from skynet.coordinator.planner.config import PlannerConfig
@@ -62,8 +63,10 @@ class LinkTable:
             link = self._cache[key] = self._estimate(*key)
         return link
 
-    def close_buckets(self, limit_s: float) -> list[list[int]]:
-        """Sets of workers each two of which are within `limit_s`, as far as landmarks, hosts or defaults tell."""
+    @cached_property
+    def near_sets(self) -> list[list[int]]:
+        """Sets of workers each two of which are near, as far as landmarks, hosts or defaults tell."""
+        limit_s = self._config.near_round_trip_s
         buckets = [[i for i, (rtt, _) in sorted(reached.items()) if rtt <= limit_s / 2] for reached in self._landmarks]
         by_host: dict[str, list[int]] = {}
         for i, host in enumerate(self._hosts):

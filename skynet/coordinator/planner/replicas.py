@@ -109,12 +109,11 @@ def _quick(search: Search, cluster: list[int]) -> Chain | None:
         return search.best(cluster)
     local = sites(swarm, cluster)
     cuts = [[m for site in local for m in cut_site(swarm, site, size)] for size in (1, 2, 4) if size <= len(cluster)]
-    single = order_groups(swarm, [swarm.group(m) for m in cuts[0]])
-    widest = min(cuts, key=lambda members: (sum(swarm.group(m).pace_s for m in members) / len(members), members))
-    found = [search.try_layout(single)]
-    if widest is not cuts[0]:
-        found.append(search.try_layout(order_groups(swarm, [swarm.group(m) for m in widest])))
-    return best_of(found)
+    by_pace = sorted(cuts[1:], key=lambda cut: -sum(1 / swarm.group(m).pace_s for m in cut))
+    tried = [
+        search.try_layout(order_groups(swarm, [swarm.group(m) for m in members])) for members in (cuts[0], *by_pace[:1])
+    ]
+    return best_of(tried)
 
 
 def _trade(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replicas:

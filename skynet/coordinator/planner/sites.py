@@ -29,8 +29,8 @@ def sites(swarm: Swarm, workers: Sequence[int]) -> list[list[int]]:
         for other in swarm.links.near[worker]:
             if other in parent and swarm.links.between(worker, other).round_trip_s <= limit:
                 join(worker, other)
-    for bucket in swarm.links.close_buckets(limit):
-        members = [worker for worker in bucket if worker in parent]
+    for near in swarm.links.near_sets:
+        members = [worker for worker in near if worker in parent]
         for worker in members[1:]:
             join(members[0], worker)
     found: dict[int, list[int]] = {}

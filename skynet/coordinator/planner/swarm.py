@@ -175,6 +175,7 @@ class Group:
 
     def __init__(self, swarm: Swarm, members: tuple[int, ...]) -> None:
         self.swarm, self.members = swarm, members
+        self._variants: dict[tuple[RankShare, ...], Variant] = {}
         links = [swarm.links.between(a, b) for i, a in enumerate(members) for b in members[:i]]
         self.round_trip_s = max((link.round_trip_s for link in links), default=0.0)
         self.bandwidth = min((link.bandwidth_bytes_per_s for link in links), default=float("inf"))
@@ -242,6 +243,13 @@ class Group:
         return attention + mlp
 
     def variant(self, shares: tuple[RankShare, ...]) -> Variant:
+        """The group with these shares."""
+        found = self._variants.get(shares)
+        if found is None:
+            found = self._variants[shares] = self._make_variant(shares)
+        return found
+
+    def _make_variant(self, shares: tuple[RankShare, ...]) -> Variant:
         costs, group_size = self.swarm.costs, self.swarm.spec.group_size
         kv_heads = [len(share.kv_heads(group_size)) for share in shares]
         pairs = list(zip(shares, kv_heads, strict=True))
@@ -325,12 +333,11 @@ def make_option(variant: Variant) -> Option:
         first, last = first + sum(variant.first_bytes), last + sum(variant.last_bytes)
         whole = first + last - sum(variant.tied_bytes)
     before = swarm.costs.moe_before
-    low = _low(variant)
     return Option(
         prefix=[(i - before[i]) * dense + before[i] * moe for i in range(num_layers + 1)],
-        low=low,
-        first_end=_largest(num_layers - 1, lambda end: variant.fits(0, end)),
-        last_start=num_layers - _largest(num_layers - 1, lambda n: variant.fits(num_layers - n, num_layers)),
+        low=_low(variant),
+        first_end=_most_at_end(variant, is_first=True),
+        last_start=num_layers - _most_at_end(variant, is_first=False),
         fits_whole=variant.fits(0, num_layers),
         first_cost=first,
         last_cost=last,
@@ -343,11 +350,7 @@ def _low(variant: Variant) -> list[int]:
     swarm = variant.group.swarm
     num_layers = swarm.spec.num_layers
     if swarm.costs.moe_before[num_layers] in (0, num_layers):  # all layers alike
-        per_layer = variant.moe_bytes if swarm.spec.moe_layers else variant.dense_bytes
-        most = min(
-            swarm.memory[member] // (per_layer[r] + swarm.min_tokens * variant.kv_token_bytes[r])
-            for r, member in enumerate(variant.group.members)
-        )
+        most = _most_alike(variant, [0] * len(variant.shares))
         return [max(0, i - most) for i in range(num_layers + 1)]
     low, start = [0], 0
     for end in range(1, num_layers + 1):
@@ -355,6 +358,27 @@ def _low(variant: Variant) -> list[int]:
             start += 1
         low.append(start)
     return low
+
+
+def _most_alike(variant: Variant, extra_bytes: list[int]) -> int:
+    """Most layers that fit beside `extra_bytes` per rank, in a model whose layers are all alike."""
+    swarm = variant.group.swarm
+    per_layer = variant.moe_bytes if swarm.spec.moe_layers else variant.dense_bytes
+    kv_tokens = swarm.min_tokens
+    return min(
+        max(0, swarm.memory[member] - extra_bytes[r]) // (per_layer[r] + kv_tokens * variant.kv_token_bytes[r])
+        for r, member in enumerate(variant.group.members)
+    )
+
+
+def _most_at_end(variant: Variant, is_first: bool) -> int:
+    """Most layers that fit in the first or the last stage of several."""
+    swarm, num_layers = variant.group.swarm, variant.group.swarm.spec.num_layers
+    if swarm.costs.moe_before[num_layers] in (0, num_layers):
+        return min(num_layers - 1, _most_alike(variant, variant.first_bytes if is_first else variant.last_bytes))
+    return _largest(
+        num_layers - 1, lambda n: variant.fits(0, n) if is_first else variant.fits(num_layers - n, num_layers)
+    )
 
 
 def _largest(upper: int, holds: Callable[[int], bool]) -> int:

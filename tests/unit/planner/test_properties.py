@@ -99,21 +99,23 @@ def check_many(seeds: range, max_workers: int) -> None:
 
 
 def test_plans_of_random_tiny_swarms_are_sound() -> None:
-    check_many(range(1500), 3)
+    check_many(range(1200), 2)
+    check_many(range(2000, 2150), 3)
 
 
 def test_plans_of_random_small_swarms_are_sound() -> None:
-    check_many(range(10_000, 10_060), 7)
+    check_many(range(10_000, 10_030), 7)
 
 
 @pytest.mark.long
 def test_plans_of_many_random_swarms_are_sound() -> None:
     check_many(range(20_000, 26_000), 4)
+    check_many(range(90_000, 95_000), 3)
     check_many(range(30_000, 30_500), 12)
 
 
 def test_the_order_of_the_input_makes_no_difference() -> None:
-    for seed in range(40_000, 40_080):
+    for seed in range(40_000, 40_040):
         spec, workers, links, config = random_case(seed, 5)
         found = try_plan((spec, workers, links, config))
         rng = random.Random(seed)
@@ -123,7 +125,7 @@ def test_the_order_of_the_input_makes_no_difference() -> None:
 
 def test_a_kept_plan_moves_nothing_and_asking_again_changes_nothing() -> None:
     kept = 0
-    for seed in range(50_000, 50_120):
+    for seed in range(50_000, 50_060):
         case = random_case(seed, 4)
         first = try_plan(case)
         if first is None:
@@ -133,12 +135,12 @@ def test_a_kept_plan_moves_nothing_and_asking_again_changes_nothing() -> None:
         assert second.moved_bytes == 0
         assert not second.transition.must_drop_first
         kept += 1
-    assert kept > 40
+    assert kept > 20
 
 
 def test_replanning_after_a_loss_or_a_join_is_sound_and_its_transition_adds_up() -> None:
     checked = 0
-    for seed in range(60_000, 60_120):
+    for seed in range(60_000, 60_060):
         spec, workers, links, config = random_case(seed, 4)
         first = try_plan((spec, workers, links, config))
         if first is None:
@@ -162,12 +164,12 @@ def test_replanning_after_a_loss_or_a_join_is_sound_and_its_transition_adds_up()
                     assert change.fetched_bytes >= 0
                     assert change.peak_bytes >= rank.weight_bytes + rank.kv_bytes
         checked += 1
-    assert checked > 40
+    assert checked > 20
 
 
 def test_more_memory_and_faster_workers_never_make_the_best_plan_worse() -> None:
     """Up to the 3% within which fewer workers win."""
-    for seed in range(70_000, 70_080):
+    for seed in range(70_000, 70_040):
         spec, workers, links, config = random_case(seed, 3)
         config = dataclasses.replace(config, objective=Objective.LATENCY, layout=None)
         before = try_plan((spec, workers, links, config))
