@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -20,17 +21,28 @@ from zmq.backend import zmq_poll
 
 from skynet.errors import ProtocolError, StepAborted, WorkerLost, WorkerTimeout
 from skynet.protocol.codec import Buffer
-from skynet.protocol.data_frame import DataFrame, FrameType, Tag, control_header, data_header, epoch_of, split
+from skynet.protocol.data_frame import (
+    DataFrame,
+    FrameType,
+    Tag,
+    control_header,
+    data_header,
+    epoch_of,
+    split,
+    split_frames,
+)
 from skynet.protocol.ids import PeerId
 from skynet.protocol.inbox import Inbox
 from skynet.protocol.links import DATA_DOMAIN, DirectPath, Link, Links, Path, PathName
 from skynet.protocol.plan import Epoch
+from skynet.protocol.relay import RELAY_DOMAIN, RelayClient, RelayedGarbage
 from skynet.protocol.sockets import Port, Received, SocketFactory
 
 logger = logging.getLogger(__name__)
 _POLLIN: Final = int(zmq.POLLIN)
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 MAX_ECHO_BYTES: Final = 4096
+MAX_RETIRED: Final = 1024  # epochs whose late frames are still recognised
 _SLICE_S: Final = 0.02  # how often a link that is being opened is looked at
 
 
@@ -52,6 +64,17 @@ class Arrival(NamedTuple):
     payload: memoryview
 
 
+class Probed(NamedTuple):
+    """A link as measured."""
+
+    round_trip_s: float  # of 4 KiB each way
+    bandwidth_bytes_per_s: float  # one way
+
+
+def _direct_path(port: Port, received: Received) -> DirectPath:
+    return DirectPath(port, received.routing_id, received.connection) if received.routing_id else DirectPath(port)
+
+
 class DataChannel:
     """Sends and receives payloads of (epoch, tag) to and from peers. Deadlines are on the monotonic clock."""
 
@@ -69,10 +92,12 @@ class DataChannel:
         self.port = self._router.number
         self._links = Links(factory, self._post, self._rebuild_poller)
         self._inbox = Inbox(self._config.max_inbox_bytes, self._config.max_inbox_frames)
-        self._retired: Epoch | None = None
-        self._aborted: Epoch | None = None
+        self._retired: dict[Epoch, None] = {}  # in the order of their end; the last MAX_RETIRED
+        self._aborted: set[Epoch] = set()
         self._is_interrupted = False
-        self._pongs: dict[int, memoryview] = {}
+        self._pongs: dict[int, memoryview | None] = {}  # awaited; None: not answered yet
+        self._num_pings = 0
+        self._relay: RelayClient | None = None
         self._polled: list[tuple[zmq.Socket[bytes], int]] = []
         self._ports: dict[zmq.Socket[bytes], Port] = {}
         self._guests: tuple[zmq.Socket[bytes], ...] = ()  # of the caller, during `wait`
@@ -84,8 +109,8 @@ class DataChannel:
         """End waits with StepAborted: from now on all of this epoch and older; without one, the present or next."""
         if epoch is None:
             self._is_interrupted = True
-        elif self._aborted is None or self._aborted < epoch:
-            self._aborted = epoch
+        else:
+            self._aborted.add(epoch)
         self.wake()
 
     def wake(self) -> None:
@@ -107,6 +132,27 @@ class DataChannel:
         """Link with this peer, which does the same. Raises WorkerTimeout, StepAborted."""
         self.dial(peer_id, key, addresses)
         self.await_links([peer_id], deadline)
+
+    def use_relay(self, endpoint: str, server_key: bytes, server_id: PeerId) -> None:
+        """From now on, peers that no address reaches within 2 s are reached through this relay."""
+        port = self._factory.connect_dealer(
+            endpoint, server_key, server_id, domain=RELAY_DOMAIN, on_connected=lambda: self._post("relay", 0, 0)
+        )
+        self.stop_relay()
+        self._relay = RelayClient(self._factory, port)
+        self._links.relayed_path = self._relay.reach
+        self._rebuild_poller()
+
+    def stop_relay(self) -> None:
+        """Give the relay up, with the links that go through it."""
+        if self._relay is not None:
+            for link in self._links.all():
+                if link.path is not None and link.path.port is self._relay.port:
+                    self._links.lose(link, "the relay was given up")
+            self._relay.port.close()
+            self._relay = None
+            self._links.relayed_path = lambda peer_id, now: None
+            self._rebuild_poller()
 
     def dial(self, peer_id: PeerId, key: bytes, addresses: Sequence[tuple[str, int]]) -> None:
         """Begin to link and return at once; any later wait carries it on. An established link stays."""
@@ -133,12 +179,15 @@ class DataChannel:
     def disconnect(self, peer_id: PeerId) -> None:
         """End this link and forget what it brought. Unknown peers are fine."""
         self._links.close(peer_id, "closed by this side")
+        if self._relay is not None:
+            self._relay.drop(peer_id)
         self._inbox.drop_peer(peer_id)
 
     def close(self) -> None:
         """Close every socket of the channel. Twice is fine."""
         if not self._router.socket.closed:
             self._links.close_all()
+            self.stop_relay()
             self._router.close()
             self._wake_receiver.close(linger=0)
             with self._lock:
@@ -147,10 +196,12 @@ class DataChannel:
     # -- epochs --------------------------------------------------------------------------------------------------------
 
     def retire(self, epoch: Epoch) -> None:
-        """Drop what arrived and what will arrive of this epoch and all older ones."""
-        if self._retired is None or self._retired < epoch:
-            self._retired = epoch
-            self._inbox.drop_epochs(epoch)
+        """Drop what arrived and what will arrive of this epoch; others, older ones too, may go on."""
+        self._retired[epoch] = None
+        if len(self._retired) > MAX_RETIRED:
+            del self._retired[next(iter(self._retired))]
+        self._aborted.discard(epoch)
+        self._inbox.drop_epoch(epoch)
 
     def begin_step(self, epoch: Epoch, step: int) -> None:
         """Drop what earlier, abandoned steps of this epoch left behind."""
@@ -228,6 +279,30 @@ class DataChannel:
             self._guests = ()
             self._rebuild_poller()
 
+    def probe(self, peer_id: PeerId, deadline: float, *, num_round_trips: int = 20, num_bytes: int = 4 << 20) -> Probed:
+        """Measure the link while the peer waits too: round trip of 4 KiB (median), bandwidth. Raises WorkerTimeout."""
+        round_trips = [self._ping(peer_id, bytes(MAX_ECHO_BYTES), 1, deadline) for _ in range(num_round_trips)]
+        round_trip_s = statistics.median(round_trips)
+        piece = 1 << 20
+        took_s = self._ping(peer_id, bytes(piece), max(1, num_bytes // piece), deadline)
+        return Probed(round_trip_s, num_bytes / max(took_s - round_trip_s, took_s / 10))
+
+    def _ping(self, peer_id: PeerId, payload: bytes, count: int, deadline: float) -> float:
+        """Seconds from the first ping until all of them are answered."""
+        self._pongs.clear()
+        began = time.monotonic()
+        for _ in range(count):
+            self._num_pings = (self._num_pings + 1) % (1 << 32)
+            self._pongs[self._num_pings] = None
+            self._path(peer_id).send(control_header(FrameType.PING, self._num_pings), payload)
+        while any(answer is None for answer in self._pongs.values()):
+            self._check(None)
+            self._path(peer_id)
+            if time.monotonic() >= deadline:
+                raise WorkerTimeout(f"peer {peer_id}: didn't answer a ping in time; is its compute thread busy?")
+            self._pump(deadline)
+        return time.monotonic() - began
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _receive(self, wanted: dict[tuple[PeerId, bytes], Tag], epoch: Epoch, deadline: float) -> Arrival:
@@ -256,7 +331,8 @@ class DataChannel:
             if link is None or not link.is_established:
                 is_lost = True
             else:
-                socket = link.path.port.socket if isinstance(link.path, DirectPath) else self._router.socket
+                assert link.path is not None
+                socket = link.path.port.socket
                 if socket not in sockets:
                     sockets.append(socket)
         return (self._polled if is_lost else [(socket, _POLLIN) for socket in sockets]), is_lost
@@ -281,6 +357,8 @@ class DataChannel:
     ) -> tuple[list[zmq.Socket[bytes]], bool, Arrival | None]:
         """Wait once, then read at most one message per ready socket: asking again is cheaper than reading on."""
         timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000)) if until else 0
+        if self._relay is not None and self._relay.flush():
+            timeout_ms = min(timeout_ms, 2)
         guests: list[zmq.Socket[bytes]] = []
         was_woken, has_notes, found = False, False, None
         for socket, _ in zmq_poll(polled, timeout_ms):
@@ -313,19 +391,31 @@ class DataChannel:
         received = port.receive(_NOBLOCK)
         if received is None:
             return None
+        peer_id, path = received.peer_id, None
         try:
-            frame = split(received.frames)
+            if self._relay is not None and port is self._relay.port:
+                unsealed = self._relay.receive(received)
+                if unsealed is None or unsealed[2] is None:
+                    return None
+                peer_id, path = unsealed[0], unsealed[1]
+                frame = split(unsealed[2])
+            else:
+                frame = split_frames(received.frames)
             if frame.type != FrameType.DATA:
-                self._control(port, received, frame)
+                self._control(peer_id, path or _direct_path(port, received), frame)
                 return None
-            tag = wanted.get((received.peer_id, frame.header))
+            tag = wanted.get((peer_id, frame.header))
             if tag is not None:
-                return Arrival(received.peer_id, tag, frame.payload)
-            self._keep(received.peer_id, frame)
+                return Arrival(peer_id, tag, frame.payload)
+            self._keep(peer_id, frame)
+        except RelayedGarbage as exc:
+            link = self._links.get(exc.peer_id)
+            if link is not None and link.path is exc.path:  # a direct link doesn't suffer from what the relay makes up
+                self._links.lose(link, str(exc))
         except ProtocolError as exc:
-            logger.warning("link closed peer=%s reason=%s", received.peer_id, exc)
-            self._links.close(received.peer_id, str(exc))
-            self._inbox.drop_peer(received.peer_id)
+            logger.warning("link closed peer=%s reason=%s", peer_id, exc)
+            self._links.close(peer_id, str(exc))
+            self._inbox.drop_peer(peer_id)
         return None
 
     def _read_all(self) -> None:
@@ -340,22 +430,14 @@ class DataChannel:
     def _keep(self, peer_id: PeerId, frame: DataFrame) -> None:
         if not self.is_connected(peer_id):
             return
-        if self._retired is not None and epoch_of(frame.header) <= self._retired:
+        if epoch_of(frame.header) in self._retired:
             return
         self._inbox.put(peer_id, frame.header, frame.payload)
 
-    def _control(self, port: Port, received: Received, frame: DataFrame) -> None:
-        link = self._links.link(received.peer_id)
+    def _control(self, peer_id: PeerId, path: Path, frame: DataFrame) -> None:
+        link = self._links.link(peer_id)
         if link is None:
             return
-        path: Path
-        if received.routing_id:
-            path = DirectPath(port, received.routing_id, received.connection)
-        else:
-            path = DirectPath(port)
-        self._control_frame(link, path, frame)
-
-    def _control_frame(self, link: Link, path: Path, frame: DataFrame) -> None:
         try:
             if frame.type == FrameType.PING:
                 echo = frame.payload if frame.payload.nbytes <= MAX_ECHO_BYTES else b""
@@ -388,6 +470,9 @@ class DataChannel:
                 self._links.inbound_down(PeerId(str(subject)), connection)
             elif what == "up":
                 self._links.dial_up(int(subject))
+            elif what == "relay":
+                if self._relay is not None:
+                    self._relay.register()
             elif what == "refused":
                 self._links.dial_refused(int(subject), time.monotonic())
             else:
@@ -399,7 +484,7 @@ class DataChannel:
         if self._is_interrupted:
             self._is_interrupted = False
             raise StepAborted("the wait was ended by this worker")
-        if epoch is not None and self._aborted is not None and epoch <= self._aborted:
+        if self._aborted and epoch in self._aborted:
             raise StepAborted(f"epoch {epoch} is over")
 
     def _path(self, peer_id: PeerId) -> Path:
@@ -421,6 +506,7 @@ class DataChannel:
         return f"peer {peer_id}: none of {tried} could be reached, nor did it reach us; check addresses and firewalls"
 
     def _rebuild_poller(self) -> None:
-        self._ports = {port.socket: port for port in (self._router, *self._links.ports())}
+        relay = () if self._relay is None else (self._relay.port,)
+        self._ports = {port.socket: port for port in (self._router, *self._links.ports(), *relay)}
         polled = (*self._ports, *self._guests, self._wake_receiver)
         self._polled = [(socket, _POLLIN) for socket in polled]

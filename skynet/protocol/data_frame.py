@@ -75,20 +75,25 @@ _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _TYPES: Final = frozenset(int(t) for t in FrameType)
 
 
-def split(frames: Sequence[zmq.Frame]) -> DataFrame:
-    """Header and payload of what arrived, views and not copies. Raises a ProtocolError."""
-    first = frames[0].buffer
+def split(first: memoryview, second: memoryview | None = None) -> DataFrame:
+    """Header and payload of one or two frames' buffers, views and not copies. Raises a ProtocolError."""
     header = bytes(first[:HEADER_BYTES])
-    if len(header) < HEADER_BYTES or len(frames) > 2 or (len(frames) == 2 and first.nbytes != HEADER_BYTES):
-        raise MalformedMessage(
-            f"a data message is a header of {HEADER_BYTES} bytes and at most one more frame; "
-            f"this one has {len(frames)} frames, the first of {first.nbytes} bytes"
-        )
+    if len(header) < HEADER_BYTES or (second is not None and first.nbytes != HEADER_BYTES):
+        raise MalformedMessage(f"a data header has {HEADER_BYTES} bytes, its frame has {first.nbytes}")
     if header[0] != VERSION:
         raise VersionMismatch(f"peer speaks data protocol {header[0]}, this side {VERSION}; upgrade the older")
     if header[1] not in _TYPES:
         raise MalformedMessage(f"data frame of unknown type {header[1]}")
-    return DataFrame(header[1], header, frames[1].buffer if len(frames) == 2 else first[HEADER_BYTES:])
+    return DataFrame(header[1], header, first[HEADER_BYTES:] if second is None else second)
+
+
+def split_frames(frames: Sequence[zmq.Frame]) -> DataFrame:
+    """The same of a message as ZeroMQ delivered it."""
+    if len(frames) == 1:
+        return split(frames[0].buffer)
+    if len(frames) == 2:
+        return split(frames[0].buffer, frames[1].buffer)
+    raise MalformedMessage(f"a data message has 1 or 2 frames, this one has {len(frames)}")
 
 
 def epoch_of(header: bytes) -> Epoch:

@@ -52,9 +52,9 @@ class Inbox:
         """Forget this epoch's steps before that one: nobody will ask for them any more."""
         self._drop(lambda header: epoch_of(header) == epoch and step_of(header) < before)
 
-    def drop_epochs(self, last: Epoch) -> None:
-        """Forget every epoch up to this one."""
-        self._drop(lambda header: epoch_of(header) <= last)
+    def drop_epoch(self, epoch: Epoch) -> None:
+        """Forget everything of this epoch."""
+        self._drop(lambda header: epoch_of(header) == epoch)
 
     def _drop(self, is_stale: Callable[[bytes], bool]) -> None:
         for peer_id, payloads in self._payloads.items():

@@ -37,6 +37,10 @@ class Path(Protocol):
     @property
     def name(self) -> PathName: ...
 
+    @property
+    def port(self) -> Port:
+        """The socket that its frames come by."""
+
     def send(self, header: bytes, payload: Buffer) -> None:
         """Queue one frame at once. Raises zmq.Again when the queue is full, ZMQError when the peer is gone."""
 
@@ -84,7 +88,7 @@ class Links:
         self._links: dict[PeerId, Link] = {}
         self._dials: dict[int, Link] = {}
         self._retries: dict[int, Callable[[], None]] = {}
-        self.relayed_path: Callable[[PeerId], Path | None] = lambda peer_id: None
+        self.relayed_path: Callable[[PeerId, float], Path | None] = lambda peer_id, now: None
 
     def get(self, peer_id: PeerId) -> Link | None:
         """What we know of this peer, established or not."""
@@ -240,7 +244,7 @@ class Links:
         if link.inbound is not None and (now >= link.since + PATIENCE_S or not link.addresses):
             return link.inbound
         if now >= link.since + REACH_S:
-            return self.relayed_path(link.peer_id)
+            return self.relayed_path(link.peer_id, now)
         return None
 
     def control(self, link: Link, frame_type: int, path: Path) -> None:

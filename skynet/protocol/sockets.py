@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import zmq
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from skynet.errors import ConfigError
 from skynet.protocol.admitted import PeerRegistry, raw_curve_key
@@ -210,6 +211,11 @@ class SocketFactory:
     def deny(self, peer_id: PeerId) -> None:
         """Withdraw the peer's key, drop its queued frames and cut its live connections at once."""
         self.registry.deny(peer_id)
+
+    def shared_secret(self, peer_public_key: bytes) -> bytes:
+        """X25519 of our CURVE key and a peer's: 32 bytes that only the two can compute. Raises ValueError."""
+        ours = X25519PrivateKey.from_private_bytes(raw_curve_key(self._secret_key))
+        return ours.exchange(X25519PublicKey.from_public_bytes(raw_curve_key(peer_public_key)))
 
     def punish(self, peer_id: PeerId) -> None:
         """Cut this peer's connections because of what it sent; it may come back with a clean slate."""

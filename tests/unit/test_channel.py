@@ -12,10 +12,12 @@ import pytest
 import zmq
 
 from skynet.errors import StepAborted, WorkerLost, WorkerTimeout
+from skynet.protocol.admitted import AdmittedPeer
 from skynet.protocol.channel import ChannelConfig, DataChannel
 from skynet.protocol.data_frame import FrameType, Tag, control_header, data_header
 from skynet.protocol.ids import PeerId
 from skynet.protocol.plan import Epoch
+from skynet.protocol.relay import RelayServer
 from skynet.protocol.sockets import SocketFactory
 
 T = TypeVar("T")
@@ -39,6 +41,16 @@ class Side:
         self.run(self.channel.close).result(10)
         self._thread.shutdown()
         self.factory.close()
+
+
+@pytest.fixture
+def relay() -> Iterator[tuple[SocketFactory, RelayServer]]:
+    factory = SocketFactory(*zmq.curve_keypair())
+    server = RelayServer(factory, ["127.0.0.1"])
+    server.start()
+    yield factory, server
+    server.stop()
+    factory.close()
 
 
 def introduce(sides: Sequence[Side]) -> None:
@@ -151,16 +163,18 @@ def test_frames_arriving_in_another_order_find_their_receivers(make: Callable[..
         assert receive(c, a, Tag(1, 0, exchange)).result(10) == b"a%d" % exchange
 
 
-def test_frames_of_a_retired_epoch_are_dropped_and_of_a_later_one_kept(pair: tuple[Side, Side]) -> None:
+def test_frames_of_a_retired_epoch_are_dropped_and_of_all_others_kept(pair: tuple[Side, Side]) -> None:
     a, b = pair
-    old, new = Epoch(1, 1), Epoch(1, 3)
+    oldest, old, new = Epoch(1, 0), Epoch(1, 1), Epoch(1, 3)
     send(a, b, b"old", epoch=old)
     send(a, b, b"new", epoch=new)
     assert receive(b, a, epoch=new).result(10) == b"new"
-    b.run(lambda: b.channel.retire(EPOCH)).result(5)
+    b.run(lambda: b.channel.retire(old)).result(5)
+    send(a, b, b"oldest", epoch=oldest)
     send(a, b, b"late", Tag(1, 8), epoch=old)
     send(a, b, b"newer", Tag(1, 8), epoch=new)
     assert receive(b, a, Tag(1, 8), epoch=new).result(10) == b"newer"
+    assert receive(b, a, epoch=oldest).result(10) == b"oldest"
     for tag in (TAG, Tag(1, 8)):
         with pytest.raises(WorkerTimeout, match=r"a\.cpu"):
             receive(b, a, tag, epoch=old, timeout_s=0.05).result(10)
@@ -311,3 +325,72 @@ def test_wake_is_safe_from_many_threads(make: Callable[..., Side]) -> None:
         a.run(lambda: a.channel.wait([], time.monotonic() + 0.01)).result(5)
     for thread in threads:
         thread.join()
+
+
+def relayed(make: Callable[..., Side], relay: tuple[SocketFactory, RelayServer]) -> tuple[Side, Side]:
+    """Two workers that no address of theirs reaches, linked through the relay."""
+    factory, server = relay
+    a, b = make("a.cpu"), make("b.cpu")
+    introduce([a, b])
+    for side in (a, b):
+        factory.allow(side.factory.public_key, side.peer_id, {"relay"})
+        endpoint = f"tcp://127.0.0.1:{server.port}"
+        side.run(lambda: side.channel.use_relay(endpoint, factory.public_key, PeerId("coordinator"))).result(5)  # noqa: B023
+    link(a, b, 0, 0)
+    return a, b
+
+
+def test_peers_that_cannot_reach_each_other_are_relayed(
+    make: Callable[..., Side], relay: tuple[SocketFactory, RelayServer]
+) -> None:
+    a, b = relayed(make, relay)
+    assert [s.run(lambda: s.channel.path(o.peer_id)).result(5) for s, o in ((a, b), (b, a))] == ["relayed"] * 2  # noqa: B023
+    for exchange, size in enumerate([0, 1, 4096, 262144, 262145, 5_000_000]):
+        payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
+        send(a, b, payload, Tag(1, 0, exchange))
+        send(b, a, payload, Tag(1, 0, exchange))
+        assert receive(b, a, Tag(1, 0, exchange)).result(10) == payload
+        assert receive(a, b, Tag(1, 0, exchange)).result(10) == payload
+
+
+def test_relayed_link_is_lost_when_frames_are(
+    make: Callable[..., Side], relay: tuple[SocketFactory, RelayServer]
+) -> None:
+    factory, server = relay
+    a, b = relayed(make, relay)
+    send(a, b, b"1")
+    assert receive(b, a).result(5) == b"1"
+    dropped = server.num_dropped
+    known = factory.registry._by_id
+    kept, known[b.peer_id] = known[b.peer_id], AdmittedPeer(b.peer_id, b"", frozenset())
+    send(a, b, b"2", Tag(1, 8))
+    while server.num_dropped == dropped:
+        a.run(lambda: a.channel.wait([], time.monotonic() + 0.01)).result(5)
+    known[b.peer_id] = kept
+    send(a, b, b"3", Tag(1, 9))
+    with pytest.raises(WorkerLost, match="lost"):
+        receive(b, a, Tag(1, 9)).result(10)
+
+
+@pytest.mark.parametrize("is_relayed", [False, True])
+def test_probe_measures_a_link(
+    make: Callable[..., Side], relay: tuple[SocketFactory, RelayServer], is_relayed: bool
+) -> None:
+    if is_relayed:
+        a, b = relayed(make, relay)
+    else:
+        a, b = make("a.cpu"), make("b.cpu")
+        introduce([a, b])
+        link(a, b)
+    is_over = threading.Event()
+
+    def serve() -> None:
+        while not is_over.is_set():
+            b.channel.wait([], time.monotonic() + 0.1)
+
+    serving = b.run(serve)
+    probed = a.run(lambda: a.channel.probe(b.peer_id, time.monotonic() + 20)).result(30)
+    is_over.set()
+    serving.result(5)
+    assert 1e-6 < probed.round_trip_s < 1
+    assert 1e6 < probed.bandwidth_bytes_per_s < 1e11
