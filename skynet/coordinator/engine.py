@@ -8,6 +8,7 @@ A fault anywhere ends an epoch, never a request: the sequences go back to the qu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -57,6 +58,7 @@ class EngineConfig:
     hard_step_s: float = 120.0  # however slow the machines are, a step ends by then
     ping_s: float = 1.0  # a worker that doesn't answer within this, when a step is late, is lost
     max_faults: int = 4  # a request whose steps fail this often in a row, with no worker lost, ends with an error
+    warm_tokens: int = 64  # of running answers that one step builds in a new epoch, while the old one waits
     settle_s: float = 0.25  # workers that start together join together: wait this long before the first plan
     tick_s: float = 0.25  # how often leases and deadlines are looked at
     silence_s: float = 30.0  # loading without progress for this long is a fault
@@ -172,7 +174,7 @@ class Engine:
                 replica.progressed.set()
 
     def on_step(self, worker_id: WorkerId, message: StepDone | StepFailed) -> None:
-        for replica in self.replicas:
+        for replica in [*self.replicas, *self._preparing]:
             if replica.epoch == message.epoch and worker_id in replica.workers:
                 replica.on_work(worker_id, message)
 
@@ -315,15 +317,17 @@ class Engine:
         """Run a replica's steps until it is taken out of service."""
         while replica.phase is Phase.SERVING:
             replica.wake.clear()
-            step = replica.scheduler.form_step(self._clock())
+            async with replica.lock:
+                step = replica.scheduler.form_step(self._clock()) if replica.phase is Phase.SERVING else None
+                if step is not None:
+                    try:
+                        token_ids = await self._execute(replica, step.parts)
+                    except ReplicaFault as fault:
+                        await self._broken(replica, fault, step.parts)
+                        return
             if step is None:
                 await replica.wake.wait()
                 continue
-            try:
-                token_ids = await self._execute(replica, step.parts)
-            except ReplicaFault as fault:
-                await self._broken(replica, fault, step.parts)
-                return
             for progress in replica.scheduler.apply(step, token_ids, self._clock()):
                 request = self.requests.by_sequence.get(progress.sequence_id)
                 if request is not None:
@@ -440,7 +444,7 @@ class Engine:
             if crowded & fresh.workers:
                 for replica in overlapping:
                     await self._retire(replica)
-            await self._prepare(fresh)
+            await self._make_ready(fresh, overlapping)
             for replica in overlapping:
                 await self._retire(replica)
             self._put_into_service(fresh)
@@ -461,8 +465,22 @@ class Engine:
             transport=self._transport,
         )
 
+    async def _make_ready(self, fresh: Replica, overlapping: list[Replica]) -> None:
+        """Load, link, and build the KV of running answers; on a fault nothing of it remains."""
+        self._preparing.append(fresh)
+        try:
+            await self._prepare(fresh)
+            await self._warm_up(fresh, overlapping)
+        except ReplicaFault as fault:
+            fresh.fail(fault)
+            raise
+        finally:
+            self._preparing.remove(fresh)
+            if fresh.phase is not Phase.SERVING:
+                fresh.discard()
+
     async def _prepare(self, replica: Replica) -> None:
-        """Load and link; on a fault nothing of it remains."""
+        """Load and link."""
         members = self.membership.members
         gone = [w for w in replica.workers if w not in members]
         if gone:
@@ -480,15 +498,20 @@ class Engine:
             )
             for worker_id, assignment in replica.assignments.items()
         }
-        self._preparing.append(replica)
-        try:
-            await replica.prepare(orders, self.config.silence_s)
-        except BaseException:
-            replica.phase = Phase.BROKEN
-            replica.discard()
-            raise
-        finally:
-            self._preparing.remove(replica)
+        await replica.prepare(orders, self.config.silence_s)
+
+    async def _warm_up(self, fresh: Replica, old: list[Replica]) -> None:
+        """Build the KV of running sequences in the new epoch, while the old one goes on between our steps."""
+        while serving := [r for r in old if r.phase is Phase.SERVING]:
+            fresh.scheduler.warm(s for r in serving for s in r.scheduler.sequences())
+            step = fresh.scheduler.form_warm_step(self.config.warm_tokens, self._clock())
+            if step is None:
+                return
+            async with contextlib.AsyncExitStack() as locks:
+                for replica in serving:  # in the order of their epochs: nobody else takes several
+                    await locks.enter_async_context(replica.lock)
+                token_ids = await self._execute(fresh, step.parts)
+            fresh.scheduler.apply(step, token_ids, self._clock())
 
     def _put_into_service(self, replica: Replica) -> None:
         logger.info("replica serves epoch=%s layout=%s", replica.epoch, replica.plan.layout)

@@ -66,6 +66,7 @@ class Replica:
     _linked: dict[WorkerId, asyncio.Future[None]] = field(default_factory=dict)
     relayed: set[tuple[str, str]] = field(default_factory=set)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))  # when, tokens sampled
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a step runs on its workers
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # there may be work
     serving: asyncio.Task[None] | None = None  # set by the engine
     progressed: asyncio.Event = field(default_factory=asyncio.Event)  # a worker reported loading progress

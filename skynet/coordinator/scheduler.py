@@ -130,6 +130,7 @@ class Scheduler:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self._running: dict[SequenceId, _Running] = {}
+        self._guests: dict[SequenceId, _Running] = {}  # decoded elsewhere, soon here: their KV is built ahead
         self._waiting: defaultdict[str, list[Sequence]] = defaultdict(list)  # by user, oldest first, never empty
         self._served: dict[str, int] = {}  # user -> turn of its last admission, while it has sequences here
         self._known: set[SequenceId] = set()
@@ -169,7 +170,11 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.sequence_id} is here already")
         self.check_fits(sequence)
         self._known.add(sequence.sequence_id)
-        self._enqueue(sequence)
+        guest = self._guests.pop(sequence.sequence_id, None)
+        if guest is None:
+            self._enqueue(sequence)
+        else:
+            self._running[sequence.sequence_id] = guest
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raise CapacityError if this replica's cache can't hold the sequence at its longest, even alone."""
@@ -183,8 +188,46 @@ class Scheduler:
             missing * self.config.block_bytes,
         )
 
+    def warm(self, sequences: Iterable[Sequence]) -> None:
+        """Build KV ahead for exactly these sequences, which another replica still runs and `add` will bring here.
+
+        Those that can't have blocks now are left out: they are computed when they come.
+        """
+        wanted = {sequence.sequence_id: sequence for sequence in sequences}
+        for sequence_id in [i for i in self._guests if i not in wanted]:
+            self.blocks.free(self._guests.pop(sequence_id).table)
+        for sequence_id, sequence in wanted.items():
+            guest = self._guests.get(sequence_id)
+            if guest is None:
+                count = self.blocks.blocks_for(min(len(sequence.token_ids) + 1, sequence.max_positions))
+                table = self.blocks.allocate(count, self.blocks.blocks_for(sequence.max_positions))
+                if table is not None:
+                    self._guests[sequence_id] = _Running(sequence, table)
+            else:
+                while not self._has_room(guest) and self.blocks.extend(guest.table):
+                    pass
+
+    def form_warm_step(self, max_tokens: int, now: float) -> Step | None:
+        """The next batch of guests' tokens, all but each one's last; None when they are all built. Samples nothing."""
+        chunks: list[tuple[_Running, int]] = []
+        for guest in self._guests.values():
+            room = len(guest.table.blocks) * self.blocks.block_size - guest.num_computed
+            count = min(guest.num_pending - 1, max_tokens, room)
+            if count > 0 and not guest.is_in_flight:
+                chunks.append((guest, count))
+                max_tokens -= count
+        if not chunks:
+            return None
+        for guest, _ in chunks:
+            guest.is_in_flight = True
+        return Step(tuple(_part(guest, count) for guest, count in chunks), tuple(guest for guest, _ in chunks), now)
+
     def cancel(self, sequence_id: SequenceId) -> bool:
         """Forget a sequence and free its blocks at once, also while a step with it runs; False if it isn't here."""
+        guest = self._guests.pop(sequence_id, None)
+        if guest is not None:
+            self.blocks.free(guest.table)
+            return True
         if sequence_id not in self._known:
             return False
         self._known.remove(sequence_id)
@@ -209,6 +252,7 @@ class Scheduler:
     def evacuate(self) -> list[Sequence]:
         """Hand out every sequence, oldest first, for another replica's `add`; this scheduler is empty then."""
         sequences = self.sequences()
+        self.warm(())
         self.reset()
         self._waiting.clear()
         self._served.clear()
@@ -295,7 +339,8 @@ class Scheduler:
         return [run for run in reversed(self._ready()) if run.sequence.sequence_id != oldest]
 
     def _is_here(self, run: _Running) -> bool:
-        return self._running.get(run.sequence.sequence_id) is run
+        sequence_id = run.sequence.sequence_id
+        return run in (self._running.get(sequence_id), self._guests.get(sequence_id))
 
     def _requeue(self, run: _Running) -> None:
         del self._running[run.sequence.sequence_id]

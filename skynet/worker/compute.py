@@ -151,10 +151,8 @@ class ComputeThread:
     def abort(self, epoch: Epoch) -> None:
         """Leave every step of this epoch now; Aborted is reported when that is done."""
         self._aborted.add(epoch)
-        if self.channel is not None and not any(other < epoch for other in list(self._epochs)):
+        if self.channel is not None:
             self.channel.abort(epoch)
-        elif self.channel is not None:
-            self.channel.wake()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; twice is fine."""
@@ -281,8 +279,7 @@ class ComputeThread:
     def _drop(self, epoch: Epoch) -> None:
         if self._epochs.pop(epoch, None) is None:
             return
-        if not any(other < epoch for other in self._epochs):
-            self._open_channel.retire(epoch)
+        self._open_channel.retire(epoch)
         needed = {
             PeerId(w) for held in self._epochs.values() for stage in held.install.assignment.stages for w in stage
         }

@@ -442,3 +442,51 @@ class Swarm(RuleBasedStateMachine):
 
 Swarm.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSwarm = Swarm.TestCase
+
+
+def test_a_guest_is_built_ahead_and_goes_on_where_the_other_replica_stopped() -> None:
+    old, new = (Scheduler(SchedulerConfig(num_blocks=16, block_size=4)) for _ in range(2))
+    sequence = Sequence(
+        sequence_id=SequenceId(1), user="u", token_ids=[5, 6, 7, 8, 9, 10], num_prompt=6, max_tokens=20,
+        eos_ids=frozenset(), sampling=SamplingParams(),
+    )  # fmt: skip
+    old.add(sequence)
+
+    def decode(scheduler: Scheduler) -> None:
+        step = scheduler.form_step(0)
+        assert step is not None
+        scheduler.apply(step, [100 + len(sequence.token_ids)] * step.num_sampled, 0)
+
+    decode(old)
+    built = 0
+    while True:
+        new.warm(old.sequences())
+        step = new.form_warm_step(3, 0)
+        if step is None:
+            break
+        assert step.num_sampled == 0
+        assert step.parts[0].start == built
+        built += step.num_tokens
+        new.apply(step, [], 0)
+        if built < 7:
+            decode(old)  # the old replica goes on between the steps
+    assert built == len(sequence.token_ids) - 1
+    for moved in old.evacuate():
+        new.add(moved)
+    step = new.form_step(0)
+    assert step is not None
+    assert step.parts[0].token_ids == (sequence.token_ids[-1],)
+    assert step.parts[0].start == built
+    new.blocks.check([run.table for run in new._running.values()])
+
+
+def test_guests_that_ended_elsewhere_give_their_blocks_back() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=4, block_size=4))
+    sequence = Sequence(
+        sequence_id=SequenceId(1), user="u", token_ids=[1] * 9, num_prompt=9, max_tokens=4, eos_ids=frozenset(),
+        sampling=SamplingParams(),
+    )  # fmt: skip
+    scheduler.warm([sequence])
+    assert scheduler.blocks.num_free < 4
+    scheduler.warm([])
+    assert scheduler.blocks.num_free == 4
