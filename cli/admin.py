@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,9 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command(help="Move a worker's work elsewhere and let it exit.\n\nExample: skynet drain 7xq4.cpu")(drain)
 
 
-def _ask(
-    message: AdminMessage, as_json: bool, coordinator: str | None, swarm: str | None, invite: str | None
-) -> None:
+def _ask(message: AdminMessage, as_json: bool, coordinator: str | None, swarm: str | None, invite: str | None) -> None:
     """Send one command as an admin and print the answer."""
     from skynet.client.admin import command
     from skynet.client.swarm import ClientConfig
@@ -57,30 +55,23 @@ def _id() -> str:
 
 
 def create(
-    role: Annotated[str, typer.Option(help="worker, client or admin.")] = "worker",
-    uses: Annotated[int, typer.Option(help="How many nodes it admits.")] = 1,
-    hours: Annotated[float, typer.Option(help="How long it is good for.")] = 24.0,
+    role: Annotated[Literal["worker", "client", "admin"], typer.Option(help="What it admits as.")] = "worker",
+    uses: Annotated[int, typer.Option(min=1, max=100_000, help="How many nodes it admits.")] = 1,
+    hours: Annotated[float, typer.Option(min=0.01, max=87_600, help="How long it is good for.")] = 24.0,
     grant: Annotated[
-        list[str] | None, typer.Option(help="run_code or lend_device; may be given several times.")
+        list[Literal["run_code", "lend_device"]] | None,
+        typer.Option(help="What it allows beyond its role; may be given several times."),
     ] = None,
     as_json: AsJson = False,
     coordinator: Coordinator = None,
     swarm: SwarmName = None,
     invite: Invite = None,
 ) -> None:
-    from skynet.errors import ConfigError
     from skynet.protocol.messages import CreateInvite
 
-    try:
-        message = CreateInvite(
-            request_id=_id(),
-            role=role,
-            uses=uses,
-            lifetime_s=hours * 3600,
-            grants=tuple(grant or ()),  # type: ignore[arg-type]
-        )
-    except ValueError as exc:
-        fail(ConfigError(str(exc)))
+    message = CreateInvite(
+        request_id=_id(), role=role, uses=uses, lifetime_s=hours * 3600, grants=tuple(sorted(set(grant or ())))
+    )
     _ask(message, as_json, coordinator, swarm, invite)
 
 

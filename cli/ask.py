@@ -10,11 +10,19 @@ import typer
 
 from .common import cache_dir, config_dir, coordinator_from_environment, fail, hub_endpoint, run_async
 
+CLEAR_SCREEN = "\x1b[H\x1b[2J"
 Coordinator = Annotated[
     str | None, typer.Option("--coordinator", help="HOST or HOST:PORT, when it isn't found by itself.")
 ]
 SwarmName = Annotated[str | None, typer.Option("--swarm", help="Which swarm, when several are found.")]
 Invite = Annotated[str | None, typer.Option("--invite", help="An invite, the first time, where the swarm wants one.")]
+MaxTokens = Annotated[int, typer.Option(min=1, max=1_000_000, help="Length of an answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens of this total probability.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Equal seeds and inputs give equal answers.")]
+Timeout = Annotated[
+    float, typer.Option(min=0, max=86400, help="Seconds that the answer may wait for workers that hold the model.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -44,11 +52,11 @@ def _client_config(coordinator: str | None, swarm: str | None, invite: str | Non
 
 def infer(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Choose among so many likeliest tokens. 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among so many likeliest tokens. 0: all.")] = 0,
+    seed: Seed = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")
     ] = None,
@@ -56,7 +64,7 @@ def infer(
         bool, typer.Option("--json", help="Print one JSON object with text, token ids and figures.")
     ] = False,
     model: Annotated[str | None, typer.Option(help="Refuse to answer if the swarm runs another model.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for a coordinator or for enough workers.")] = 300.0,
+    timeout: Timeout = 300.0,
     coordinator: Coordinator = None,
     swarm: SwarmName = None,
     invite: Invite = None,
@@ -66,11 +74,11 @@ def infer(
     text = sys.stdin.read() if prompt == "-" else prompt
 
     async def run() -> None:
+        completion = Completion(  # refuses wrong values, before anything is looked for
+            prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            stop=tuple(stop or ()), timeout_s=timeout, model=model,
+        )  # fmt: skip
         async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
-            completion = Completion(
-                prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                stop=tuple(stop or ()), timeout_s=timeout, model=model,
-            )  # fmt: skip
             answer = await _stream(connected, completion, is_quiet=as_json)
         if as_json:
             typer.echo(json.dumps(answer))
@@ -107,10 +115,10 @@ async def _stream(swarm: object, completion: object, is_quiet: bool) -> dict[str
 
 def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Equal seeds and inputs give equal conversations.")] = 0,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
     coordinator: Coordinator = None,
     swarm: SwarmName = None,
     invite: Invite = None,
@@ -165,8 +173,8 @@ def status(
                 if as_json:
                     typer.echo(json.dumps(facts))
                 else:
-                    if watch:
-                        typer.clear()
+                    if watch and sys.stdout.isatty():
+                        typer.echo(CLEAR_SCREEN, nl=False)
                     typer.echo(render_status(facts))
                 if not watch:
                     return

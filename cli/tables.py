@@ -39,9 +39,8 @@ def render_status(facts: dict[str, Any], width: int | None = None) -> str:
         console.print(f"swarm {facts['name']}  key {facts['fingerprint']}  epoch {facts['epoch'] or '-'}", style="bold")
         console.print(f"model {model['name']} ({model['type']}, {model['num_layers']} layers, {model['dtype']})")
         for replica in facts["replicas"]:
-            console.print(
-                f"replica {replica['epoch']}: {replica['layout']} ({replica['phase']}), {replica['num_sequences']} sequences"
-            )
+            state = f"{replica['layout']} ({replica['phase']}), {replica['num_sequences']} sequences"
+            console.print(f"replica {replica['epoch']}: {state}")
         if facts["shortage"]:
             console.print(f"not serving: {facts['shortage']}", style="yellow")
         console.print(table if facts["workers"] else "no workers yet: run `skynet worker` on this or another machine")

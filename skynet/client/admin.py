@@ -37,6 +37,8 @@ async def _by_unix_socket(message: AdminMessage, path: Path) -> dict[str, Any]:
                 writer.close()
     except (ConnectionRefusedError, FileNotFoundError) as exc:
         raise errors.DiscoveryError(f"{path}: no coordinator listens there; start `skynet coordinator`") from exc
+    except EOFError as exc:
+        raise errors.RequestFailed(f"{path}: the coordinator ended the connection; its log says why") from exc
     except PermissionError as exc:
         raise errors.AdmissionRefused(f"{path}: only the coordinator's owner may send commands") from exc
     except TimeoutError as exc:

@@ -35,9 +35,10 @@ def plan_for(
     spec = spec_of(model, dtype, cache_dir, hub_endpoint)
     workers, links = read_workers(Path(workers_file)) if workers_file is not None else _from_swarm(profiles or {})
     try:
-        config = PlannerConfig(objective=Objective(objective), layout=Layout.parse(layout) if layout else None)
+        aim = Objective(objective)
     except ValueError as exc:
         raise ConfigError(f"--objective {objective}: use {', '.join(Objective)}") from exc
+    config = PlannerConfig(objective=aim, layout=Layout.parse(layout) if layout else None)
     made = plan(spec, workers, links, config)
     return json.dumps(plan_as_dict(made)) if as_json else render_plan(made)
 

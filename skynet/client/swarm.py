@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import time
@@ -71,6 +72,9 @@ class Completion:
     ignore_eos: bool = False
     timeout_s: float = 300.0
     model: str | None = None  # refuse to run on another one
+
+    def __post_init__(self) -> None:
+        self.submit(RequestId("unsent"), ())
 
     def submit(self, request_id: RequestId, received: tuple[int, ...]) -> Submit:
         """The message. Raises ConfigError naming the value that is out of range."""
@@ -160,7 +164,7 @@ class CompletionStream:
             "completion_tokens": len(self.token_ids),
             "first_token_s": times[0] if times else 0.0,
             "tokens_per_s": (len(times) - 1) / decoding_s if decoding_s > 0 else 0.0,
-            "longest_gap_s": max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0),
+            "longest_gap_s": max((b - a for a, b in itertools.pairwise(times)), default=0.0),
         }
 
 
@@ -229,6 +233,7 @@ class Swarm:
         try:
             async with asyncio.timeout(ANSWER_S):
                 await self._connected.wait()
+                self._check()
                 assert self._link is not None
                 self._link.send(message)
                 while True:
@@ -240,6 +245,7 @@ class Swarm:
                         case Failed():
                             raise as_error(answer)
                         case LinkLost():
+                            self._check()
                             raise errors.WorkerLost("the coordinator went away before it answered; try again")
         except TimeoutError as exc:
             raise errors.WorkerTimeout(f"the coordinator didn't answer within {ANSWER_S:.0f} s") from exc
@@ -275,10 +281,14 @@ class Swarm:
             raise errors.DiscoveryError(
                 f"the coordinator didn't come back within {self._config.return_s:.0f} s"
             ) from exc
-        if self._failure is not None:
-            raise self._failure
+        self._check()
         assert self._link is not None
         self._link.send(message)
+
+    def _check(self) -> None:
+        """Raises what ended our membership for good, if anything did."""
+        if self._failure is not None:
+            raise self._failure
 
     def _open(self, request_id: RequestId) -> asyncio.Queue[ToClient | LinkLost]:
         inbox: asyncio.Queue[ToClient | LinkLost] = asyncio.Queue(MAX_BACKLOG)
@@ -301,7 +311,7 @@ class Swarm:
 
     async def _run(self) -> None:
         """Deliver messages; when the link is lost, connect again for a while."""
-        while True:
+        while self._failure is None:
             assert self._link is not None
             try:
                 while True:
@@ -311,26 +321,33 @@ class Swarm:
                 await self._link.close()
                 for inbox in self._inboxes.values():
                     inbox.put_nowait(lost)
-            await self._reconnect()
+            if self._failure is None:
+                await self._reconnect()
+        self._connected.set()  # whoever waits finds the failure
 
     async def _reconnect(self) -> None:
+        """Enter again; what can't be mended by waiting becomes `_failure`."""
         give_up = time.monotonic() + self._config.return_s
         while time.monotonic() < give_up:
             try:
                 await self._connect(find_s=2.0)
+            except errors.AdmissionRefused as exc:
+                self._failure = exc
+                return
             except (SkyNetError, OSError) as exc:
                 logger.debug("coordinator not back yet reason=%s", exc)
                 await asyncio.sleep(0.2)
             else:
                 return
         self._failure = errors.DiscoveryError(f"the coordinator didn't come back within {self._config.return_s:.0f} s")
-        self._connected.set()
 
     def _deliver(self, message: ToClient) -> None:
         match message:
             case Pong():
                 pass
             case Evicted():
+                if message.is_final:
+                    self._failure = errors.AdmissionRefused(f"the coordinator cut us off: {message.reason}")
                 raise LinkLost(message.reason)
             case _:
                 inbox = self._inboxes.get(message.request_id)

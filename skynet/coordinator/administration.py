@@ -11,10 +11,10 @@ import time
 from typing import TYPE_CHECKING, Any, assert_never
 
 from skynet.coordinator.admission import describe_revocation
-from skynet.errors import ConfigError, ProtocolError, SkyNetError
+from skynet.errors import ConfigError, SkyNetError
 from skynet.protocol.admin_socket import read_frame, send_frame, socket_path
 from skynet.protocol.codec import Decoder, encode
-from skynet.protocol.ids import PeerId, WorkerId
+from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.invites import Invite, encode_invite
 from skynet.protocol.messages import (
     AdminMessage,
@@ -73,15 +73,16 @@ class Administration:
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with self._slots, asyncio.timeout(COMMAND_S):
-                message, _ = self._decoder.decode([await read_frame(reader)])
                 answer: Answer | Failed
+                request_id = RequestId("unread")
                 try:
-                    body = self.carry_out(message)
-                    answer = Answer(request_id=message.request_id, body=json.dumps(body))
+                    message, _ = self._decoder.decode([await read_frame(reader)])
+                    request_id = message.request_id
+                    answer = Answer(request_id=request_id, body=json.dumps(self.carry_out(message)))
                 except SkyNetError as exc:
-                    answer = Failed(request_id=message.request_id, error=type(exc).__name__, text=str(exc))
+                    answer = Failed(request_id=request_id, error=type(exc).__name__, text=str(exc))
                 await send_frame(writer, bytes(encode(answer)[0]))
-        except (ProtocolError, EOFError, OSError, TimeoutError) as exc:
+        except (EOFError, OSError, TimeoutError) as exc:
             logger.warning("admin connection ended reason=%s", exc)
         finally:
             writer.close()
@@ -129,7 +130,8 @@ class Administration:
         text = encode_invite(invite)
         how = "worker" if message.role == "worker" else "status"
         return {
-            "text": f"{text}\n\nFor {message.uses} node(s), role {message.role}. Use it with: skynet {how} --invite {text[:24]}...",
+            "text": f"{text}\n\nFor {message.uses} node(s), role {message.role}. "
+            f"Use it with: skynet {how} --invite {text[:24]}...",
             "invite": text,
             "invite_id": invite.invite_id,
         }

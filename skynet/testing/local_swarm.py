@@ -94,6 +94,14 @@ class LocalSwarm:
         self.port = int(self.coordinator.wait_for(r"coordinator ready .*port=(\d+)", 60)[1])
         return self.coordinator
 
+    def serve(self, config: LocalSwarmConfig) -> None:
+        """Serve something else with the same workers: a coordinator with these settings takes the old one's place."""
+        if self.coordinator is not None:
+            self.coordinator.stop()
+        self.config = config
+        self.start_coordinator()
+        self.wait_serving()
+
     def start_worker(self, name: str | None = None, arguments: Sequence[str] = ()) -> NodeProcess:
         """Start one more worker; it joins by itself."""
         if name is None:
@@ -144,7 +152,10 @@ class LocalSwarm:
     def wait_serving(self, timeout_s: float | None = None, *, num_workers: int | None = None) -> dict[str, Any]:
         """Until a replica serves (on so many workers). Raises TimeoutError with the last status."""
 
+        facts: dict[str, Any] = {}
+
         async def wait(swarm: Swarm) -> dict[str, Any]:
+            nonlocal facts
             revision = -1
             while True:
                 facts = await swarm.status(newer_than=revision)
@@ -155,7 +166,10 @@ class LocalSwarm:
                     return facts
                 revision = facts["revision"]
 
-        return self.run(wait, timeout_s or self.config.start_timeout_s)
+        try:
+            return self.run(wait, timeout_s or self.config.start_timeout_s)
+        except TimeoutError as exc:
+            raise TimeoutError(f"no replica serves; the last status: {facts}") from exc
 
     def complete(
         self,
