@@ -59,8 +59,7 @@ def create(
     uses: Annotated[int, typer.Option(min=1, max=100_000, help="How many nodes it admits.")] = 1,
     hours: Annotated[float, typer.Option(min=0.01, max=87_600, help="How long it is good for.")] = 24.0,
     grant: Annotated[
-        list[Literal["run_code", "lend_device"]] | None,
-        typer.Option(help="What it allows beyond its role; may be given several times."),
+        list[str] | None, typer.Option(help="run_code or lend_device; may be given several times.")
     ] = None,
     as_json: AsJson = False,
     coordinator: Coordinator = None,
