@@ -36,6 +36,7 @@ from skynet.protocol.messages import (
     Prepare,
     Prepared,
     PrepareFailed,
+    Probe,
     Released,
     Submit,
     ToClient,
@@ -58,6 +59,8 @@ class EngineConfig:
     hard_step_s: float = 120.0  # however slow the machines are, a step ends by then
     ping_s: float = 1.0  # a worker that doesn't answer within this, when a step is late, is lost
     max_faults: int = 4  # a request whose steps fail this often in a row, with no worker lost, ends with an error
+    max_probes: int = 64  # links measured before one plan
+    probe_s: float = 3.0  # how long to wait for measurements
     warm_tokens: int = 64  # of running answers that one step builds in a new epoch, while the old one waits
     settle_s: float = 0.25  # workers that start together join together: wait this long before the first plan
     tick_s: float = 0.25  # how often leases and deadlines are looked at
@@ -99,6 +102,8 @@ class Engine:
         self._epochs = itertools.count(1)
         self._sequence_ids = itertools.count(1)
         self._changed = asyncio.Event()
+        self._measured = asyncio.Event()
+        self._probed: set[tuple[WorkerId, WorkerId]] = set()  # asked for once; forgotten with either worker
         self._has_served = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._pongs: dict[WorkerId, asyncio.Event] = {}
@@ -135,7 +140,7 @@ class Engine:
     def measured(self, worker_id: WorkerId, links: Iterable[LinkProfile]) -> None:
         """A worker measured its links; only what it can know counts."""
         self.membership.measured(link for link in links if worker_id in (link.a, link.b))
-        self.members_changed()
+        self._measured.set()
 
     def members_changed(self) -> None:
         """Plan anew."""
@@ -148,6 +153,7 @@ class Engine:
         if member is None:
             return
         logger.warning("worker lost worker=%s reason=%s", worker_id, reason)
+        self._probed = {pair for pair in self._probed if worker_id not in pair}
         for replica in [*self.replicas, *self._preparing]:
             if worker_id in replica.workers:
                 replica.fail(ReplicaFault(f"{worker_id} is gone: {reason}", frozenset({worker_id})))
@@ -408,7 +414,10 @@ class Engine:
                 await asyncio.sleep(self.config.settle_s if not self.requests.by_id else 0)
                 self._changed.clear()
             try:
-                await self._bring_about(await asyncio.to_thread(self._plan_anew, self.membership.usable()))
+                target = await asyncio.to_thread(self._plan_anew, self.membership.usable())
+                if await self._measure(target):
+                    target = await asyncio.to_thread(self._plan_anew, self.membership.usable())
+                await self._bring_about(target)
                 self.shortage = None
             except CapacityError as exc:
                 self._short(exc)
@@ -427,6 +436,30 @@ class Engine:
             layout = self.config.planner.layout
             raise CapacityError(f"layout {layout} needs {layout.num_workers} workers, {len(usable)} are there")
         return made
+
+    async def _measure(self, target: Plan) -> bool:
+        """Have links measured that a plan would use and that are only guessed; whether something new is known.
+
+        Not while answers wait for a replica: they can't wait for measurements too.
+        """
+        members = self.membership.members
+        pairs = [
+            (a, b) for a, b in target.estimated_links if not {a, b} - members.keys() and (a, b) not in self._probed
+        ][: self.config.max_probes]
+        if not pairs or (self._queue and self._has_served):
+            return False
+        for a, b in pairs:
+            self._probed.add((a, b))
+            self._transport.send_control(b, Probe(peers=(members[a].peer_info,), measures=False))
+            self._transport.send_control(a, Probe(peers=(members[b].peer_info,), measures=True))
+        try:
+            async with asyncio.timeout(self.config.probe_s):
+                while any(pair not in self.membership.links for pair in pairs):
+                    self._measured.clear()
+                    await self._measured.wait()
+        except TimeoutError:
+            logger.info("links not all measured missing=%d", sum(pair not in self.membership.links for pair in pairs))
+        return any(pair in self.membership.links for pair in pairs)
 
     async def _bring_about(self, target: Plan) -> None:
         """Make the target plan true with the fewest changes, serving on meanwhile."""

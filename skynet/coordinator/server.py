@@ -68,6 +68,7 @@ from skynet.protocol.messages import (
     ToWorker,
     WorkMessage,
 )
+from skynet.protocol.relay import RELAY_DOMAIN, RelayServer
 from skynet.protocol.roles import Role, check_may_send
 from skynet.protocol.sockets import SocketFactory
 from skynet.protocol.steps import RunStep
@@ -192,7 +193,14 @@ class CoordinatorServer:
             self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work
         )
         self.sharing = ModelSharing(self.factory, self.hosts, model, config.cache_dir)
-        self.ports = {"control": control.number, "work": work.number, "bulk": self.sharing.port}
+        self.relay = RelayServer(self.factory, self.hosts)
+        self.relay.start()
+        self.ports = {
+            "control": control.number,
+            "work": work.number,
+            "bulk": self.sharing.port,
+            "relay": self.relay.port,
+        }
         self.listener = AdmissionListener(self.swarm_key, self._admit, self.hosts, config.port)
         self.engine = Engine(
             EngineConfig(planner=planner),
@@ -241,6 +249,7 @@ class CoordinatorServer:
         self.control.close()
         self.work.close()
         self.sharing.close()
+        await asyncio.to_thread(self.relay.stop)
         self.administration.close()
         await asyncio.to_thread(self.factory.close)
         self.store.close()
@@ -263,7 +272,7 @@ class CoordinatorServer:
 
     def let_in(self, decision: Admitted, curve_key: bytes) -> None:
         """Open our sockets to this process's key."""
-        domains = {"control", "work", "bulk"} if decision.role is Role.WORKER else {"control"}
+        domains = {"control", "work", "bulk", RELAY_DOMAIN} if decision.role is Role.WORKER else {"control"}
         self.factory.allow(curve_key, decision.peer_id, domains)
         self._admitted[decision.peer_id] = _Admitted(decision.role, curve_key, decision.source)
         logger.info("admitted peer=%s role=%s source=%s", decision.peer_id, decision.role, decision.source)

@@ -223,10 +223,11 @@ class Discard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Coordinator -> worker: measure your links to these peers."""
+    """Coordinator -> worker: link with these peers; the side that `measures` reports round trip and bandwidth."""
 
     kind: ClassVar[str] = "probe"
     peers: tuple[PeerInfo, ...]
+    measures: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

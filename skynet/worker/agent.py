@@ -215,7 +215,7 @@ class Agent:
         self._link = await ControlLink.open(ticket, TO_WORKER, self._factory)
         self._ticket = ticket
         self._compute.order(
-            Attach(ticket.endpoint("work"), ticket.welcome.coordinator.curve_key, COORDINATOR, ticket.welcome.peer_id)
+            Attach(ticket.endpoint("work"), ticket.endpoint("relay"), ticket.welcome.coordinator.curve_key, COORDINATOR)
         )
         self._join()
         beating = asyncio.create_task(self._beat(), name="heartbeat")
@@ -268,7 +268,7 @@ class Agent:
                 self._discard(message.epoch)
             case Probe():
                 self._allow(message.peers)
-                self._compute.order(MeasureLinks(message.peers))
+                self._compute.order(MeasureLinks(message.peers, message.measures, WorkerId(self._worker_id)))
             case Released():
                 logger.info("released: nothing depends on this worker any more")
                 self._is_released = True

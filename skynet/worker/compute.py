@@ -20,9 +20,10 @@ import zmq
 from skynet.errors import ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError, WorkerLost
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.codec import Decoder, encode
-from skynet.protocol.ids import PeerId
+from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import WORK_TO_WORKER, Aborted, Linked, PeerInfo, Ping, Prepared, ProbeReport
 from skynet.protocol.plan import Epoch, StageAssignment
+from skynet.protocol.profile import LinkProfile
 from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep, StepDone, StepFailed
 from skynet.worker.stage.stage import Stage
@@ -31,6 +32,7 @@ from skynet.worker.zmq_group import ZmqGroup, recv_hidden, send_hidden
 logger = logging.getLogger(__name__)
 
 MAX_ORDERS: Final = 256
+MEASURE_S: Final = 4.0  # for all links of one order
 IDLE_S: Final = 3600.0  # a wait for work; orders and aborts end it
 LINK_S: Final = 5.0  # to open the links of an epoch
 
@@ -39,10 +41,10 @@ LINK_S: Final = 5.0  # to open the links of an epoch
 class Attach:
     """Take work from this coordinator (again)."""
 
-    endpoint: str
+    work_endpoint: str
+    relay_endpoint: str
     key: bytes
     peer_id: PeerId
-    own_id: PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,11 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class MeasureLinks:
-    """Probe the links to these peers."""
+    """Link with these peers, and measure if it is our turn."""
 
     peers: tuple[PeerInfo, ...]
+    measures: bool
+    own_id: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +228,15 @@ class ComputeThread:
         match order:
             case Attach():
                 self._detach()
-                self._work = self._factory.connect_dealer(order.endpoint, order.key, order.peer_id)
+                self._work = self._factory.connect_dealer(order.work_endpoint, order.key, order.peer_id)
+                self._open_channel.use_relay(order.relay_endpoint, order.key, order.peer_id)
                 self._work.socket.send_multipart(encode(Ping(nonce=0)))
             case Install():
                 self._install(order)
             case LinkUp():
                 self._link(order.epoch)
             case MeasureLinks():
-                self._measure(order.peers)
+                self._measure(order)
             case Drop():
                 self._drop(order.epoch)
             case Stop():
@@ -273,8 +278,34 @@ class ComputeThread:
                     relayed.append(peer.peer_id)
         self._report(Linked(epoch=epoch, relayed=tuple(relayed), unreachable=tuple(unreachable)))
 
-    def _measure(self, peers: Sequence[PeerInfo]) -> None:
-        """Link to each peer for a moment and measure; unreachable ones are left out."""
+    def _measure(self, order: MeasureLinks) -> None:
+        """Unreachable peers are left out. The other side, idle or between steps, answers from its own waits."""
+        channel = self._open_channel
+        for peer in order.peers:
+            self._linked.add(peer.peer_id)
+            channel.dial(peer.peer_id, peer.curve_key, [(host, peer.data_port) for host in peer.hosts])
+        if not order.measures:
+            return
+        deadline = time.monotonic() + MEASURE_S
+        links = []
+        for peer in order.peers:
+            try:
+                channel.await_links([peer.peer_id], deadline)
+                probed = channel.probe(peer.peer_id, deadline)
+            except WorkerError as exc:
+                logger.info("link not measured peer=%s reason=%s", peer.peer_id, exc)
+                continue
+            a, b = sorted((order.own_id, WorkerId(peer.peer_id)))
+            links.append(
+                LinkProfile(
+                    a=a,
+                    b=b,
+                    round_trip_s=probed.round_trip_s,
+                    bandwidth_bytes_per_s=probed.bandwidth_bytes_per_s,
+                    is_relayed=channel.path(peer.peer_id) == "relayed",
+                )
+            )
+        self._report(ProbeReport(links=tuple(links)))
 
     def _drop(self, epoch: Epoch) -> None:
         if self._epochs.pop(epoch, None) is None:
