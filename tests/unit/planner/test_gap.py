@@ -59,6 +59,7 @@ def test_plans_of_small_swarms_are_within_five_percent_of_the_best(exact_up_to: 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_plans_of_more_small_swarms_are_within_five_percent_of_the_best() -> None:
     gaps = distribution(range(1000, 1300), 3, 4, 6) + distribution(range(2000, 2030), 4, 4, 4)
     assert statistics.quantiles(gaps, n=20)[-1] <= 0.05

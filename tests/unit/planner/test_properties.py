@@ -108,6 +108,7 @@ def test_plans_of_random_small_swarms_are_sound() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_plans_of_many_random_swarms_are_sound() -> None:
     check_many(range(20_000, 26_000), 4)
     check_many(range(90_000, 95_000), 3)
