@@ -22,6 +22,7 @@ from skynet.protocol.plan import RankShare, Span, StageAssignment
 from skynet.worker.collectives import Collective, SoloGroup, sum_over_ranks
 from skynet.worker.stage.attention import PagedAttention, head_runs
 from skynet.worker.stage.batch import StepBatch
+from skynet.worker.stage.heap import return_freed_memory
 from skynet.worker.stage.kv_cache import KvCache
 from skynet.worker.stage.matrix import Matrix, make_matrix
 from skynet.worker.stage.reader import ShardReader
@@ -173,6 +174,7 @@ class _Loader:
         width, hidden = self._spec.intermediate_size, self._spec.hidden_size
         block.mlp.c_fc = self._columns(name + "mlp.c_fc.", (hidden, width), [self._share.mlp])
         block.mlp.c_proj = self._rows(name + "mlp.c_proj.", (width, hidden), self._share.mlp)
+        return_freed_memory()
         made: nn.Module = block.eval()
         return made
 

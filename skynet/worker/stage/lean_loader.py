@@ -13,6 +13,7 @@ from skynet.protocol.plan import RankShare, Span
 from skynet.worker.stage.adapters import AdapterTable
 from skynet.worker.stage.attention import PagedAttention, head_runs
 from skynet.worker.stage.experts import ExpertMlp, Router
+from skynet.worker.stage.heap import return_freed_memory
 from skynet.worker.stage.lean import (
     ACTIVATIONS,
     AttentionWeights,
@@ -54,6 +55,7 @@ class LeanLoader:
         post_attention_norm = self._norm(prefix + "post_attention_layernorm.weight")
         is_moe = index in self._spec.moe_layers
         mlp = self._experts(prefix + "mlp.") if is_moe else self._mlp(index, prefix + "mlp.")
+        return_freed_memory()
         return LeanLayer(input_norm, attention, post_attention_norm, mlp)
 
     def final_norm(self) -> RmsNorm:
