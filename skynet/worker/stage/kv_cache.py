@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,3 +81,14 @@ class KvCache:
         if any(not 0 <= block < self.num_blocks for block in blocks):
             raise StepRejected(f"blocks {list(blocks)[:8]} aren't all within [0, {self.num_blocks})")
         return torch.tensor(blocks, dtype=torch.int64, device=self._layers[0].device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since what a mask hides must still be finite. On the CPU pages cost nothing until they are written:
+
+    numpy asks the kernel for zeroed pages, where torch.zeros writes every one of them.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
