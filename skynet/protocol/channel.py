@@ -12,9 +12,9 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import zmq
 from zmq.backend import zmq_poll
@@ -22,6 +22,7 @@ from zmq.backend import zmq_poll
 from skynet.errors import ProtocolError, StepAborted, WorkerLost, WorkerTimeout
 from skynet.protocol.codec import Buffer
 from skynet.protocol.data_frame import (
+    INLINE_BYTES,
     DataFrame,
     FrameType,
     Tag,
@@ -33,6 +34,8 @@ from skynet.protocol.data_frame import (
 )
 from skynet.protocol.ids import PeerId
 from skynet.protocol.inbox import Inbox
+from skynet.protocol.lane import Lane, LaneEnded, LaneOffer
+from skynet.protocol.lanes import Lanes, polled_lane
 from skynet.protocol.links import DATA_DOMAIN, DirectPath, Link, Links, Path, PathName
 from skynet.protocol.plan import Epoch
 from skynet.protocol.relay import RELAY_DOMAIN, RelayClient, RelayedGarbage
@@ -43,6 +46,7 @@ _POLLIN: Final = int(zmq.POLLIN)
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 MAX_ECHO_BYTES: Final = 4096
 MAX_RETIRED: Final = 1024  # epochs whose late frames are still recognised
+LANE_PATIENCE_S: Final = 0.3  # how long a new link's lane is waited for; without one everything works, slower
 _SLICE_S: Final = 0.02  # how often a link that is being opened is looked at
 
 
@@ -51,6 +55,7 @@ class ChannelConfig:
     """Limits of one data channel."""
 
     spin_s: float = 0.0  # polls without blocking for this long before it blocks
+    use_lanes: bool = True  # direct links get a plain TCP connection beside them, under keys that came over CURVE
     max_inbox_bytes: int = 256 << 20  # per peer, arrived before anyone asked
     max_inbox_frames: int = 4096  # per peer
     send_timeout_s: float = 30.0  # a peer that takes nothing for this long is given up
@@ -98,6 +103,9 @@ class DataChannel:
         self._pongs: dict[int, memoryview | None] = {}  # awaited; None: not answered yet
         self._num_pings = 0
         self._relay: RelayClient | None = None
+        self._lanes = Lanes(bind_addresses if self._config.use_lanes else (), factory.config.max_frame_bytes)
+        self._links.on_established = self._offer_lane
+        self._links.on_lost = lambda link: self._lanes.drop(link.peer_id)
         self._polled: list[tuple[zmq.Socket[bytes], int]] = []
         self._ports: dict[zmq.Socket[bytes], Port] = {}
         self._guests: tuple[zmq.Socket[bytes], ...] = ()  # of the caller, during `wait`
@@ -166,6 +174,14 @@ class DataChannel:
             if now >= deadline:
                 raise WorkerTimeout(self._why_not(missing[0]))
             self._pump(min(deadline, now + _SLICE_S))
+        until = min(deadline, time.monotonic() + LANE_PATIENCE_S)
+        while any(self._is_lane_due(p) for p in peer_ids) and time.monotonic() < until:
+            self._pump(min(until, time.monotonic() + _SLICE_S))
+
+    def _is_lane_due(self, peer_id: PeerId) -> bool:
+        link = self._links.get(peer_id)
+        is_direct = link is not None and link.is_established and isinstance(link.path, DirectPath)
+        return is_direct and self._config.use_lanes and self._lanes.get(peer_id) is None
 
     def is_connected(self, peer_id: PeerId) -> bool:
         """Whether frames can be sent to this peer now."""
@@ -187,6 +203,7 @@ class DataChannel:
         """Close every socket of the channel. Twice is fine."""
         if not self._router.socket.closed:
             self._links.close_all()
+            self._lanes.close()
             self.stop_relay()
             self._router.close()
             self._wake_receiver.close(linger=0)
@@ -210,13 +227,27 @@ class DataChannel:
 
     # -- payloads ------------------------------------------------------------------------------------------------------
 
-    def send(self, peer_id: PeerId, epoch: Epoch, tag: Tag, payload: Buffer, deadline: float | None = None) -> None:
-        """Send bytes (C-contiguous); they are copied before this returns. Waits only while the peer's queue is full.
+    def send(
+        self,
+        peer_id: PeerId,
+        epoch: Epoch,
+        tag: Tag,
+        payload: Buffer,
+        deadline: float | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        """Send bytes (C-contiguous). When this returns they are copied, or with a lane in the kernel's hands.
 
-        Raises WorkerLost, WorkerTimeout, StepAborted.
+        `in_background` leaves a large payload to ZeroMQ's thread, for when nobody waits for it and this thread has
+        other work. Waits only while the peer takes no more. Raises WorkerLost, WorkerTimeout, StepAborted.
         """
         header = data_header(epoch, tag)
         path = self._path(peer_id)
+        lane = self._lanes.get(peer_id)
+        if lane is not None and not (in_background and len(payload) > INLINE_BYTES):
+            self._send_by_lane(peer_id, lane, epoch, header, payload, deadline)
+            return
         try:
             path.send(header, payload)
             return
@@ -225,6 +256,32 @@ class DataChannel:
         except zmq.ZMQError as exc:
             raise WorkerLost(f"peer {peer_id}: gone while sending to it ({exc.strerror})") from exc
         self._send_slowly(peer_id, epoch, header, payload, deadline)
+
+    def _send_by_lane(
+        self, peer_id: PeerId, lane: Lane, epoch: Epoch | None, header: bytes, payload: Buffer, deadline: float | None
+    ) -> None:
+        try:
+            if not lane.is_leaving():  # else an abandoned frame is in front of this one
+                lane.send(header, payload)
+                if not lane.is_leaving():
+                    return
+                self._empty_lane(peer_id, lane, epoch, deadline)
+            else:
+                self._empty_lane(peer_id, lane, epoch, deadline)
+                self._send_by_lane(peer_id, lane, epoch, header, payload, deadline)
+        except LaneEnded as exc:
+            self._lane_ended(peer_id, exc)
+            raise WorkerLost(f"peer {peer_id}: gone while sending to it ({exc})") from exc
+
+    def _empty_lane(self, peer_id: PeerId, lane: Lane, epoch: Epoch | None, deadline: float | None) -> None:
+        """Wait until the kernel has all of it, reading meanwhile: the peer may be sending as well."""
+        deadline = time.monotonic() + self._config.send_timeout_s if deadline is None else deadline
+        while lane.is_leaving():
+            self._check(epoch)
+            self._path(peer_id)
+            if time.monotonic() >= deadline:
+                raise WorkerTimeout(f"peer {peer_id}: takes no frames; its lane is full")
+            self._pump(deadline)
 
     def _send_slowly(
         self, peer_id: PeerId, epoch: Epoch, header: bytes, payload: Buffer, deadline: float | None
@@ -294,7 +351,7 @@ class DataChannel:
         for _ in range(count):
             self._num_pings = (self._num_pings + 1) % (1 << 32)
             self._pongs[self._num_pings] = None
-            self._path(peer_id).send(control_header(FrameType.PING, self._num_pings), payload)
+            self._send_control(peer_id, control_header(FrameType.PING, self._num_pings), payload, deadline)
         while any(answer is None for answer in self._pongs.values()):
             self._check(None)
             self._path(peer_id)
@@ -302,6 +359,14 @@ class DataChannel:
                 raise WorkerTimeout(f"peer {peer_id}: didn't answer a ping in time; is its compute thread busy?")
             self._pump(deadline)
         return time.monotonic() - began
+
+    def _send_control(self, peer_id: PeerId, header: bytes, payload: Buffer, deadline: float) -> None:
+        """By the way that exchanges take."""
+        lane = self._lanes.get(peer_id)
+        if lane is not None:
+            self._send_by_lane(peer_id, lane, None, header, payload, deadline)
+        else:
+            self._path(peer_id).send(header, payload)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -323,9 +388,10 @@ class DataChannel:
                 raise WorkerTimeout(f"peer {names}: nothing came for epoch {epoch} {tag} before the deadline")
             polled, is_lost = self._sockets_of(wanted)
 
-    def _sockets_of(self, wanted: Iterable[tuple[PeerId, bytes]]) -> tuple[list[tuple[zmq.Socket[bytes], int]], bool]:
+    def _sockets_of(self, wanted: Iterable[tuple[PeerId, bytes]]) -> tuple[list[tuple[Any, int]], bool]:
         """What to poll for these peers' frames, and whether one of the peers is lost."""
         sockets, is_lost = [self._wake_receiver], False
+        lanes = []
         for peer_id, _ in wanted:
             link = self._links.get(peer_id)
             if link is None or not link.is_established:
@@ -335,7 +401,15 @@ class DataChannel:
                 socket = link.path.port.socket
                 if socket not in sockets:
                     sockets.append(socket)
-        return (self._polled if is_lost else [(socket, _POLLIN) for socket in sockets]), is_lost
+                lane = self._lanes.get(peer_id)
+                if lane is not None:
+                    lanes.append(polled_lane(lane))
+        if is_lost:
+            return self._polled_all(), True
+        return [*lanes, *[(socket, _POLLIN) for socket in sockets]], False
+
+    def _polled_all(self) -> list[tuple[Any, int]]:
+        return [*self._polled, *self._lanes.polled()]
 
     def _raise_lost(self, wanted: Iterable[tuple[PeerId, bytes]]) -> None:
         for peer_id, _ in wanted:
@@ -343,7 +417,7 @@ class DataChannel:
 
     def _pump(self, until: float) -> tuple[list[zmq.Socket[bytes]], bool]:
         """Serve links until something happened; which guests were ready, and whether `wake` was called."""
-        guests, was_woken, _ = self._poll(until, {}, self._polled)
+        guests, was_woken, _ = self._poll(until, {}, self._polled_all())
         now = time.monotonic()
         for link in self._links.all():
             self._advance(link, now)
@@ -353,7 +427,7 @@ class DataChannel:
         self,
         until: float,
         wanted: dict[tuple[PeerId, bytes], Tag],
-        polled: list[tuple[zmq.Socket[bytes], int]],
+        polled: list[tuple[Any, int]],
     ) -> tuple[list[zmq.Socket[bytes]], bool, Arrival | None]:
         """Wait once, then read at most one message per ready socket: asking again is cheaper than reading on."""
         timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000)) if until else 0
@@ -361,13 +435,20 @@ class DataChannel:
             timeout_ms = min(timeout_ms, 2)
         guests: list[zmq.Socket[bytes]] = []
         was_woken, has_notes, found = False, False, None
-        for socket, _ in zmq_poll(polled, timeout_ms):
-            if socket is self._wake_receiver:
+        ready: list[tuple[Any, int]] = zmq_poll(polled, timeout_ms)
+        for socket, _ in ready:
+            if isinstance(socket, int):
+                lane = self._lanes.at(socket)
+                if lane is None:
+                    self._lanes.serve(time.monotonic())
+                else:
+                    found = self._read_lane(lane, wanted, found)
+            elif socket is self._wake_receiver:
                 has_notes = True
             elif socket in self._guests:
                 guests.append(socket)
             elif found is None and not socket.closed:
-                found = self._read(self._ports[socket], wanted)  # type: ignore[index]
+                found = self._read(self._ports[socket], wanted)
         if has_notes and found is None:
             was_woken = self._read_notes()
             found = self._pop_any(wanted)
@@ -413,13 +494,66 @@ class DataChannel:
             if link is not None and link.path is exc.path:  # a direct link doesn't suffer from what the relay makes up
                 self._links.lose(link, str(exc))
         except ProtocolError as exc:
-            logger.warning("link closed peer=%s reason=%s", peer_id, exc)
-            self._links.close(peer_id, str(exc))
-            self._inbox.drop_peer(peer_id)
+            self._refuse(peer_id, exc)
         return None
+
+    def _read_lane(
+        self, lane: Lane, wanted: dict[tuple[PeerId, bytes], Tag], found: Arrival | None = None
+    ) -> Arrival | None:
+        """Take what came by a lane; the first wanted frame is returned, unless `found` is there already."""
+        peer_id = self._lanes.peer_of(lane)
+        if peer_id is None:
+            return found
+        try:
+            lane.flush()
+            frames = lane.receive()
+            if not self._factory.registry.is_allowed(peer_id, DATA_DOMAIN):
+                return found
+            for frame in frames:
+                tag = wanted.get((peer_id, frame.header)) if found is None else None
+                if tag is not None:
+                    found = Arrival(peer_id, tag, frame.payload)
+                elif frame.type == FrameType.DATA:
+                    self._keep(peer_id, frame)
+                elif frame.type in (FrameType.PING, FrameType.PONG):
+                    self._ping_or_pong(peer_id, frame, lane.send)
+        except LaneEnded as exc:
+            self._lane_ended(peer_id, exc)
+        except ProtocolError as exc:
+            self._refuse(peer_id, exc)
+        return found
+
+    def _lane_ended(self, peer_id: PeerId, reason: LaneEnded) -> None:
+        # What was under way in it is gone, so the link is over as well.
+        link = self._links.get(peer_id)
+        if link is not None:
+            self._links.lose(link, f"the connection ended ({reason})")
+
+    def _refuse(self, peer_id: PeerId, reason: ProtocolError) -> None:
+        logger.warning("link closed peer=%s reason=%s", peer_id, reason)
+        self._links.close(peer_id, str(reason))
+        self._inbox.drop_peer(peer_id)
+
+    def _offer_lane(self, link: Link) -> None:
+        """To a peer whose connection came to us: it can come a second time."""
+        path = link.path
+        if not self._config.use_lanes or not isinstance(path, DirectPath) or not path.routing_id:
+            return
+        offer = self._lanes.offer(link.peer_id)
+        if offer is not None:
+            path.send(control_header(FrameType.LANE), offer.encode())
+
+    def _take_offer(self, link: Link, path: Path, frame: DataFrame) -> None:
+        if not self._config.use_lanes or path != link.path or not path.port.endpoint:
+            return
+        host = path.port.endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        self._lanes.dial(link.peer_id, host, LaneOffer.decode(frame.payload), time.monotonic())
 
     def _read_all(self) -> None:
         """Take everything that has arrived: what a lost peer sent before it went still counts."""
+        for lane in self._lanes.all():
+            while self._lanes.peer_of(lane) is not None and zmq_poll([(lane.descriptor, _POLLIN)], 0):
+                self._read_lane(lane, {})
         for socket, port in list(self._ports.items()):
             while not socket.closed:
                 try:
@@ -439,19 +573,23 @@ class DataChannel:
         if link is None:
             return
         try:
-            if frame.type == FrameType.PING:
-                echo = frame.payload if frame.payload.nbytes <= MAX_ECHO_BYTES else b""
-                number = int.from_bytes(frame.header[20:24], "little")
-                path.send(control_header(FrameType.PONG, number), echo)
-            elif frame.type == FrameType.PONG:
-                number = int.from_bytes(frame.header[20:24], "little")
-                if number in self._pongs:
-                    self._pongs[number] = frame.payload
+            if frame.type in (FrameType.PING, FrameType.PONG):
+                self._ping_or_pong(peer_id, frame, path.send)
+            elif frame.type == FrameType.LANE:
+                self._take_offer(link, path, frame)
             else:
                 self._links.control(link, frame.type, path)
                 self._advance(link, time.monotonic())
         except zmq.ZMQError as exc:
             logger.debug("answer dropped peer=%s reason=%s", link.peer_id, exc)
+
+    def _ping_or_pong(self, peer_id: PeerId, frame: DataFrame, reply: Callable[[bytes, Buffer], None]) -> None:
+        number = int.from_bytes(frame.header[20:24], "little")
+        if frame.type == FrameType.PING:
+            echo = frame.payload if frame.payload.nbytes <= MAX_ECHO_BYTES else b""
+            reply(control_header(FrameType.PONG, number), echo)
+        elif number in self._pongs:
+            self._pongs[number] = frame.payload
 
     def _read_notes(self) -> bool:
         """What other threads told us; whether one of them just wanted to wake us."""

@@ -42,6 +42,7 @@ class FrameType(IntEnum):
     PING = 5  # answer with a PONG that echoes the payload, up to 4 KiB of it
     PONG = 6
     BYE = 7  # this link is over
+    LANE = 8  # dialled side -> dialler: a fast lane for this link, see lane.py
 
 
 class Tag(NamedTuple):

@@ -88,6 +88,8 @@ class Links:
         self._links: dict[PeerId, Link] = {}
         self._dials: dict[int, Link] = {}
         self._retries: dict[int, Callable[[], None]] = {}
+        self.on_established: Callable[[Link], None] = lambda link: None
+        self.on_lost: Callable[[Link], None] = lambda link: None
         self.relayed_path: Callable[[PeerId, float], Path | None] = lambda peer_id, now: None
 
     def get(self, peer_id: PeerId) -> Link | None:
@@ -166,6 +168,7 @@ class Links:
             logger.info("link lost peer=%s reason=%s", link.peer_id, reason)
             link.lost = reason
         link.is_established = link.is_connecting = False
+        self.on_lost(link)
 
     def _close_candidates(self, link: Link, keep: Port | None = None) -> None:
         for number, port in list(link.candidates.items()):
@@ -266,3 +269,4 @@ class Links:
         link.path, link.is_established, link.is_connecting, link.lost = path, True, False, None
         self._close_candidates(link, keep=path.port if isinstance(path, DirectPath) else None)
         logger.info("link established peer=%s path=%s", link.peer_id, path.name)
+        self.on_established(link)

@@ -61,8 +61,11 @@ class Received(NamedTuple):
 class Port:
     """A TCP socket with its accounting. Only the thread that made it receives, sends and closes."""
 
-    def __init__(self, socket: zmq.Socket[bytes], watch: Watch, factory: SocketFactory, number: int = 0) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], watch: Watch, factory: SocketFactory, number: int = 0, endpoint: str = ""
+    ) -> None:
         self.socket = socket
+        self.endpoint = endpoint  # of a dialling socket: where it connects to
         self.number = number  # TCP port of a listening socket, 0 of a dialling one
         self._watch = watch
         self._factory = factory
@@ -289,7 +292,7 @@ class SocketFactory:
         except zmq.ZMQError as exc:
             socket.close(linger=0)
             raise ConfigError(f"can't connect to {endpoint}: {exc.strerror}") from exc
-        return Port(socket, watch, self)
+        return Port(socket, watch, self, endpoint=endpoint)
 
     def asynchronous(self, port: Port) -> AsyncPort:
         """This port for the running event loop; use it instead of `port` from now on."""

@@ -198,7 +198,7 @@ def send_hidden(
     """Hand hidden states [tokens, hidden] on to the next stage's ranks. Raises what `DataChannel.send` raises."""
     payload = bytes_of(x)
     for peer in peers:
-        channel.send(peer, epoch, Tag(PayloadKind.HIDDEN, step), payload, deadline)
+        channel.send(peer, epoch, Tag(PayloadKind.HIDDEN, step), payload, deadline, in_background=True)
 
 
 def recv_hidden(channel: DataChannel, peer: PeerId, epoch: Epoch, step: int, like: Tensor, deadline: float) -> Tensor:

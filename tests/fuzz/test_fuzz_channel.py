@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from skynet.errors import ProtocolError
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.data_frame import HEADER_BYTES, FrameType, Tag, control_header, data_header, split
 from skynet.protocol.ids import PeerId
+from skynet.protocol.lane import Lane
 from skynet.protocol.plan import Epoch
 from skynet.protocol.sealed import SealedSession
 from skynet.protocol.sockets import SocketFactory
@@ -34,6 +36,25 @@ def test_any_bytes_are_a_frame_or_a_protocol_error(first: bytes, second: bytes |
         return
     assert frame.header == first[:HEADER_BYTES]
     assert bytes(frame.payload) == (first[HEADER_BYTES:] if second is None else second)
+
+
+@given(arrived=st.binary(max_size=4096), sealed=st.none() | st.lists(st.binary(max_size=64), max_size=3))
+def test_any_bytes_on_a_lane_are_refused_or_waited_for(arrived: bytes, sealed: list[bytes] | None) -> None:
+    near, far = socket.socketpair()
+    sender, receiver = (
+        Lane(end, bytes(32), is_dialler=is_dialler, max_payload_bytes=1000)
+        for end, is_dialler in ((near, True), (far, False))
+    )
+    try:
+        for plaintext in sealed or ():  # a peer that has the key, and nothing sensible to say
+            near.sendall(sender._seal(plaintext))
+        near.sendall(arrived)
+        with contextlib.suppress(ProtocolError):
+            for frame in receiver.receive():
+                assert frame.payload.nbytes <= 1000
+    finally:
+        sender.close()
+        receiver.close()
 
 
 @given(message=st.binary(max_size=128), is_initiator=st.booleans())

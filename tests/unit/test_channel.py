@@ -150,6 +150,41 @@ def test_a_dead_address_beside_a_good_one_does_no_harm(make: Callable[..., Side]
     assert receive(b, a).result(10) == b"x"
 
 
+@pytest.mark.parametrize("are_used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_lane_is_used_where_both_sides_have_one(
+    make: Callable[..., Side], are_used: tuple[bool, bool], is_swapped: bool
+) -> None:
+    keys = sorted((zmq.curve_keypair() for _ in range(2)), reverse=is_swapped)
+    a, b = (
+        make(name, ChannelConfig(use_lanes=use), key=key)
+        for name, use, key in zip(("a.cpu", "b.cpu"), are_used, keys, strict=True)
+    )
+    introduce([a, b])
+    link(a, b)
+    for exchange, size in enumerate((10, 300_000)):
+        send(a, b, bytes(size), Tag(1, 0, exchange))
+        send(b, a, bytes(size), Tag(1, 0, exchange))
+        assert receive(b, a, Tag(1, 0, exchange)).result(10) == bytes(size)
+        assert receive(a, b, Tag(1, 0, exchange)).result(10) == bytes(size)
+    has_lane = [side.channel._lanes.get(other.peer_id) is not None for side, other in ((a, b), (b, a))]
+    assert has_lane == [all(are_used)] * 2
+
+
+def test_peer_that_sends_garbage_by_its_lane_loses_its_link_alone(make: Callable[..., Side]) -> None:
+    a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
+    introduce(sides)
+    link(a, b)
+    link(c, b)
+    lane = a.channel._lanes.get(b.peer_id)
+    assert lane is not None
+    a.run(lambda: lane.socket.send(bytes(100))).result(5)
+    with pytest.raises(WorkerLost, match="lane record of 0 bytes"):
+        receive(b, a).result(5)
+    send(c, b, b"fine")
+    assert receive(b, c).result(5) == b"fine"
+
+
 def test_frames_arriving_in_another_order_find_their_receivers(make: Callable[..., Side]) -> None:
     a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
     introduce(sides)
