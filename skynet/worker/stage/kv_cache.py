@@ -34,8 +34,7 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (2, num_kv_heads, num_blocks * block_size, head_size)
-        # zeros, not empty: the memory is taken now and not in the middle of an answer
-        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._layers = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def like(self, num_blocks: int, block_size: int) -> KvCache:
         """An empty cache for the same layers and heads, with so many blocks."""
