@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skynet.protocol import admission, hello, messages, relay, sealed
+from skynet.protocol import admission, hello, lane, messages, relay, sealed
 from skynet.protocol.adverts import AdvertBody
 from skynet.protocol.bulk import messages as bulk
 from skynet.protocol.bulk.flow import BulkConfig
@@ -139,10 +139,11 @@ def test_limits_are_those_of_the_code() -> None:
         "unidentified": f"{sockets.guard.max_unidentified_bytes >> 20} MiB",
         "admission": f"{hello.MAX_MESSAGE_BYTES} bytes, {listener.request_timeout_s:g} s",
         "inline": f"{INLINE_BYTES >> 10} KiB",
+        "lane record": f"{lane.RECORD_BYTES >> 10} KiB",
         "relay chunk": f"{relay.CHUNK_BYTES >> 10} KiB",
         "bulk block": f"{flow.block_bytes >> 10} KiB",
         "bulk window": f"{flow.window_bytes >> 20} MiB",
-        "prompt": f"{messages.MAX_TEXT_BYTES >> 10} KiB",
+        "prompt": f"{messages.MAX_TEXT_BYTES} characters",
     }
 
 
