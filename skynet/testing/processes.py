@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,25 @@ from typing import IO
 import psutil
 
 MAX_LINES = 20_000  # of one process's log that are kept
+
+
+def popen(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    prefix: Sequence[str] = (),
+    *,
+    stdout: int = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+    """Start `skynet` with these arguments, beside ours in a session of its own; its errors come by a pipe."""
+    return subprocess.Popen(
+        [*_with_parent(), *prefix, sys.executable, "-m", "skynet.cli", *arguments],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -40,15 +60,7 @@ class NodeProcess:
         log_path: Path | None = None,
     ) -> NodeProcess:
         """Run `skynet` with these arguments; `prefix` goes before it (to enter a network namespace, say)."""
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "skynet.cli", *arguments],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        process = popen(arguments, environment, prefix, stdout=subprocess.DEVNULL)
         node = cls(name, process)
         assert process.stderr is not None
         node._reader = threading.Thread(
@@ -144,3 +156,9 @@ class NodeProcess:
                 self.kill()
         if self._reader is not None:
             self._reader.join(5)
+
+
+def _with_parent() -> list[str]:
+    """Where Linux's setpriv is there: end with the thread that started it, so that nothing outlives a killed test."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
