@@ -38,7 +38,7 @@ class HostError(SkyNetError):
 
 def missing(*, nat: bool = False) -> str | None:
     """Why hosts can't be made here; None if they can."""
-    for tool in ("ip", "tc", *(("nft",) if nat else ())):
+    for tool in ("ip", "tc", "unshare", *(("nft",) if nat else ())):
         if shutil.which(tool) is None:
             return f"there is no `{tool}` command here"
     probe = f"sn{os.getpid()}-probe"
@@ -67,10 +67,15 @@ class Host:
         self._port = port  # the other end of eth0: namespace and interface
         self._processes: list[subprocess.Popen[str]] = []
 
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What goes before a command so that it runs here, as the same process: with this host's network and its name."""
+        return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", _ENTER, self.name)
+
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Run a command on this host, with pipes for its input and output. It ends with the host at the latest."""
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, *command],
+            [*self.prefix, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -111,6 +116,24 @@ class Host:
     def plug(self) -> None:
         namespace, interface = self._port
         _system("ip", "-n", namespace, "link", "set", interface, "up")
+
+    def part(self, other: Host) -> None:
+        """Lose the way between two hosts of one switch without a word; both reach all others. One pair at a time."""
+        self._isolate("on")
+        other._isolate("on")
+
+    def rejoin(self, other: Host) -> None:
+        """Undo `part`."""
+        self._isolate("off")
+        other._isolate("off")
+
+    def _isolate(self, state: str) -> None:
+        namespace, interface = self._port
+        _system("ip", "-n", namespace, "link", "set", interface, "type", "bridge_slave", "isolated", state)
+
+    def route(self, network: str, via: str) -> None:
+        """Reach `network` through a router."""
+        _system("ip", "-n", self.namespace, "route", "replace", network, "via", via)
 
     def limit(self, bytes_per_s: int) -> None:
         """Slow this host's link to a rate, each way on its own."""
@@ -176,9 +199,27 @@ class Network:
         _system("ip", "-n", self._switch, "link", "set", port[1], "master", "switch", "up")
         return self._made(Host(name, namespace, address, port))
 
+    def lone_host(self, name: str) -> Host:
+        """A new host without any network but its loopback."""
+        namespace = self._namespace(name)
+        return self._made(Host(name, namespace, "127.0.0.1", (namespace, "lo")))
+
     def host_behind_nat(self, name: str) -> Host:
         """A new host in a private network; its router is on the switch, lets it out and nobody in."""
         router = self.host(f"{name}-nat")
+        host = self._routed(name, router)
+        router.run(["nft", _NAT_RULES])
+        return host
+
+    def host_beyond(self, name: str, neighbours: Sequence[Host]) -> Host:
+        """A new host in another subnet; a router on the switch joins it with these hosts, each under its own address."""
+        router = self.host(f"{name}-gw")
+        host = self._routed(name, router)
+        for neighbour in neighbours:
+            neighbour.route(f"{host.address.rpartition('.')[0]}.0/24", router.address)
+        return host
+
+    def _routed(self, name: str, router: Host) -> Host:
         inner = f"{self._lan}.{next(self._inner)}"
         namespace = self._namespace(name)
         port = (router.namespace, "lan0")
@@ -187,7 +228,6 @@ class Network:
         _system("ip", "-n", router.namespace, "link", "set", "lan0", "up")
         _system("ip", "-n", namespace, "route", "add", "default", "via", f"{inner}.1")
         router.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
-        router.run(["nft", _NAT_RULES])
         return self._made(Host(name, namespace, f"{inner}.2", port))
 
     def _namespace(self, name: str) -> str:
@@ -207,6 +247,15 @@ class Network:
         self._stack.callback(host.stop)
         return host
 
+
+# A host has a name and an id of its own, seen by its processes alone.
+_ENTER: Final = """
+hostname "$0"
+if [ -e /etc/machine-id ]; then
+  id=$(mktemp) && echo "$0" | md5sum | cut -c1-32 >"$id" && mount --bind "$id" /etc/machine-id && rm "$id"
+fi
+exec "$@"
+"""
 
 _NAT_RULES: Final = """
 table ip nat {
