@@ -1,13 +1,15 @@
 """The data channel: direct links between workers, owned by one compute thread that blocks on them.
 
 Only that thread calls its methods, except `abort` and `wake`. Every wait polls the data sockets and an inproc wake
-socket, has a deadline, and spins for a moment before it blocks.
+socket and has a deadline. A direct link has a fast lane (lane.py) beside its ZeroMQ connection for what the peer waits
+for; where two peers can't reach each other, sealed frames go through the coordinator (relay.py).
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import threading
 import time
@@ -40,6 +42,7 @@ from skynet.protocol.links import DATA_DOMAIN, DirectPath, Link, Links, Path, Pa
 from skynet.protocol.plan import Epoch
 from skynet.protocol.relay import RELAY_DOMAIN, RelayClient, RelayedGarbage
 from skynet.protocol.sockets import Port, Received, SocketFactory
+from skynet.protocol.spin import Spinner
 
 logger = logging.getLogger(__name__)
 _POLLIN: Final = int(zmq.POLLIN)
@@ -54,11 +57,14 @@ _SLICE_S: Final = 0.02  # how often a link that is being opened is looked at
 class ChannelConfig:
     """Limits of one data channel."""
 
-    spin_s: float = 0.0  # polls without blocking for this long before it blocks
+    spin_s: float = 60e-6  # a wait on a lane looks again at once for this long before it sleeps, while that pays
     use_lanes: bool = True  # direct links get a plain TCP connection beside them, under keys that came over CURVE
     max_inbox_bytes: int = 256 << 20  # per peer, arrived before anyone asked
     max_inbox_frames: int = 4096  # per peer
     send_timeout_s: float = 30.0  # a peer that takes nothing for this long is given up
+
+
+_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class Arrival(NamedTuple):
@@ -97,6 +103,7 @@ class DataChannel:
         self.port = self._router.number
         self._links = Links(factory, self._post, self._rebuild_poller)
         self._inbox = Inbox(self._config.max_inbox_bytes, self._config.max_inbox_frames)
+        self._spinner = Spinner(self._config.spin_s)
         self._retired: dict[Epoch, None] = {}  # in the order of their end; the last MAX_RETIRED
         self._aborted: set[Epoch] = set()
         self._is_interrupted = False
@@ -114,7 +121,7 @@ class DataChannel:
     # -- from any thread -----------------------------------------------------------------------------------------------
 
     def abort(self, epoch: Epoch | None = None) -> None:
-        """End waits with StepAborted: from now on all of this epoch and older; without one, the present or next."""
+        """End waits with StepAborted: from now on all of this epoch; without one, the present or next."""
         if epoch is None:
             self._is_interrupted = True
         else:
@@ -312,22 +319,18 @@ class DataChannel:
         headers = {(peer_id, data_header(epoch, tag)): tag for peer_id, tag in wanted}
         return self._pop_any(headers) or self._receive(headers, epoch, deadline)
 
-    def wait(
-        self, sockets: Sequence[zmq.Socket[bytes]], deadline: float, *, spin: bool = False
-    ) -> list[zmq.Socket[bytes]]:
+    def wait(self, sockets: Sequence[zmq.Socket[bytes]], deadline: float) -> list[zmq.Socket[bytes]]:
         """Which of these other sockets of this thread can be read; none at the deadline or after `wake`.
 
         Meanwhile links are served: frames go to the inbox, pings are answered. Raises StepAborted after `abort()`.
         """
         self._guests = tuple(sockets)
         self._rebuild_poller()
-        spin_until = time.monotonic() + self._config.spin_s if spin else 0.0
         try:
             while True:
-                now = time.monotonic()
-                until = now if now < spin_until else deadline
+                until = deadline
                 if any(link.is_connecting for link in self._links.all()):
-                    until = min(until, now + _SLICE_S)
+                    until = min(deadline, time.monotonic() + _SLICE_S)
                 ready, was_woken = self._pump(until)
                 self._check(None)
                 if ready or was_woken or time.monotonic() >= deadline:
@@ -372,16 +375,23 @@ class DataChannel:
 
     def _receive(self, wanted: dict[tuple[PeerId, bytes], Tag], epoch: Epoch, deadline: float) -> Arrival:
         polled, is_lost = self._sockets_of(wanted)
-        spin_until = time.monotonic() + self._config.spin_s if self._config.spin_s else 0.0
+        spin_until = self._spinner.begin(time.monotonic()) if len(polled) > 2 else 0.0  # ZeroMQ's thread needs a core
+        is_blocking = False
         while True:
             self._check(epoch)
-            # Of a lost peer, what is there already is still taken.
-            is_blocking = not is_lost and (not spin_until or time.monotonic() >= spin_until)
+            if not is_blocking and time.monotonic() >= spin_until and not is_lost:
+                is_blocking = True
+                if spin_until:
+                    self._spinner.miss()
             arrival = self._poll(deadline if is_blocking else 0.0, wanted, polled)[2]
             if arrival is not None:
+                if spin_until and not is_blocking:
+                    self._spinner.hit()
                 return arrival
-            if is_lost:
+            if is_lost:  # what was there already has been taken
                 self._raise_lost(wanted)
+            if not is_blocking:
+                _yield_core()  # whoever else needs this core comes first
             if is_blocking and time.monotonic() >= deadline:
                 names = ", ".join(sorted({str(p) for p, _ in wanted}))
                 tag = next(iter(wanted.values()))
