@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from skynet.coordinator.leases import Lease, LeaseKind, LeaseTable
 from skynet.coordinator.membership import Membership, WorkerState
 from skynet.coordinator.planner import Plan, PlannerConfig, ReplicaPlan, plan
 from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
@@ -23,7 +25,8 @@ from skynet.coordinator.scheduler import Scheduler, SchedulerConfig, Sequence
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.text import AnswerText
 from skynet.errors import CapacityError, RequestFailed, SkyNetError
-from skynet.protocol.ids import PeerId, RequestId, SequenceId, WorkerId
+from skynet.protocol.entrance import COORDINATOR
+from skynet.protocol.ids import LeaseId, PeerId, RequestId, SequenceId, WorkerId
 from skynet.protocol.messages import (
     Evicted,
     Failed,
@@ -91,6 +94,7 @@ class Engine:
         self.replicas: list[Replica] = []
         self.plan: Plan | None = None
         self.shortage: CapacityError | None = CapacityError("no worker has joined yet")
+        self.leases = LeaseTable()
         self._preparing: list[Replica] = []
         self._queue: list[Sequence] = []
         self._transport = transport
@@ -127,8 +131,9 @@ class Engine:
     # -- membership
 
     def joined(self, worker_id: WorkerId) -> None:
-        """A worker is there: plan anew."""
-        logger.debug("replan worker=%s", worker_id)
+        """A worker is there: it lends its memory; plan anew."""
+        member = self.membership.members[worker_id]
+        self.leases.lend(worker_id, {"memory_bytes": member.join.profile.memory_bytes})
         self.members_changed()
 
     def drain(self, worker_id: WorkerId) -> None:
@@ -154,6 +159,7 @@ class Engine:
             return
         logger.warning("worker lost worker=%s reason=%s", worker_id, reason)
         self._probed = {pair for pair in self._probed if worker_id not in pair}
+        self.leases.vanished(worker_id)
         for replica in [*self.replicas, *self._preparing]:
             if worker_id in replica.workers:
                 replica.fail(ReplicaFault(f"{worker_id} is gone: {reason}", frozenset({worker_id})))
@@ -548,6 +554,7 @@ class Engine:
 
     def _put_into_service(self, replica: Replica) -> None:
         logger.info("replica serves epoch=%s layout=%s", replica.epoch, replica.plan.layout)
+        self._lease(replica)
         self.replicas.append(replica)
         self.shortage, self._has_served = None, True
         self._on_change()
@@ -555,6 +562,22 @@ class Engine:
         self._tasks.add(replica.serving)
         replica.serving.add_done_callback(self._tasks.discard)
         self._enqueue([])
+
+    def _lease(self, replica: Replica) -> None:
+        """A shard in service is a lease of its worker, like whatever else it will lend itself for."""
+        now = self._clock()
+        for stage in replica.plan.stages:
+            for rank in stage.ranks:
+                lease = Lease(
+                    lease_id=LeaseId(f"stage-{replica.epoch}-{rank.worker_id}"),
+                    kind=LeaseKind.STAGE,
+                    holder=COORDINATOR,
+                    worker=rank.worker_id,
+                    resources={"memory_bytes": rank.weight_bytes + rank.kv_bytes},
+                    epoch=replica.epoch,
+                    ends_at=math.inf,  # as long as the replica serves: released with it, or freed with its worker
+                )
+                self.leases.grant(lease, now)
 
     async def _retire(self, replica: Replica) -> None:
         """Take a replica out of service between two steps."""
@@ -571,6 +594,8 @@ class Engine:
         """Forget a replica; its sequences go back to the queue with what they have."""
         if replica in self.replicas:
             self.replicas.remove(replica)
+            for worker_id in replica.workers:
+                self.leases.release(LeaseId(f"stage-{replica.epoch}-{worker_id}"), replica.epoch)
             self._queue.extend(replica.scheduler.evacuate())
         replica.phase = Phase.BROKEN
         replica.wake.set()

@@ -22,7 +22,7 @@ from skynet.coordinator.planner import Layout, Objective, PlannerConfig
 from skynet.coordinator.served import ServedModel, open_model
 from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
-from skynet.coordinator.store import Mode, Store
+from skynet.coordinator.store import Mode, Store, Via, Visitor
 from skynet.errors import ConfigError, ProtocolError, SkyNetError
 from skynet.protocol.addresses import listen_addresses, local_interfaces
 from skynet.protocol.admission import AdmissionListener
@@ -30,7 +30,7 @@ from skynet.protocol.control import Switchboard
 from skynet.protocol.discovery import Advertiser
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.hello import Hello, Refused, Welcome
-from skynet.protocol.identity import CurveCertificate, ProcessKey, SwarmKey
+from skynet.protocol.identity import CurveCertificate, NodeKey, ProcessKey, SwarmKey
 from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import (
     TO_COORDINATOR,
@@ -70,7 +70,7 @@ from skynet.protocol.messages import (
 )
 from skynet.protocol.relay import RELAY_DOMAIN, RelayServer
 from skynet.protocol.roles import Role, check_may_send
-from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,7 @@ class CoordinatorServer:
         if config.admission is not None:
             self.store.set_mode(_mode(config.admission))
         self.gatekeeper = Gatekeeper(self.store, forces_invite=forces_invite)
+        self._let_owner_in()
         self.process_key = ProcessKey.generate()
         self.factory = SocketFactory(self.process_key.public, self.process_key.secret)
         self.membership = Membership(lease_s=config.lease_s)
@@ -184,15 +185,15 @@ class CoordinatorServer:
         self._loop = asyncio.get_running_loop()
         self._clock = _Clock()
         self._status_waiters: list[_StatusWaiter] = []
-        control = self.factory.bind_router("control", self.hosts, on_disconnected=self._from_guard)
-        work = self.factory.bind_router("work", self.hosts, on_disconnected=self._from_guard)
+        control = self._bind("control", 1)
+        work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
             self.factory.asynchronous(control), TO_COORDINATOR, self._on_control
         )
         self.work: Switchboard[WorkMessage] = Switchboard(
             self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work
         )
-        self.sharing = ModelSharing(self.factory, self.hosts, model, config.cache_dir)
+        self.sharing = ModelSharing(self.factory, self._bind("bulk", 3), model, config.cache_dir)
         self.relay = RelayServer(self.factory, self.hosts)
         self.relay.start()
         self.ports = {
@@ -213,6 +214,23 @@ class CoordinatorServer:
             on_change=self._clock.tick,
         )
         self.administration = Administration(self)
+
+    def _let_owner_in(self) -> None:
+        """Whoever holds the node key beside our own keys is our owner: no invite or approval is needed for that one."""
+        node_id = NodeKey.load_or_create(self.config.config_dir).node_id
+        owner = Visitor(node_id=node_id, role=Role.WORKER, display_name="the coordinator's owner", source="local")
+        self.store.nodes.visit(owner, time.time(), via=Via.APPROVAL)
+
+    def _bind(self, domain: str, offset: int) -> Port:
+        """A ROUTER at a fixed distance from the port for newcomers, so that firewalls can be told; else anywhere."""
+        wanted = self.config.port + offset if self.config.port else 0
+        try:
+            return self.factory.bind_router(domain, self.hosts, wanted, on_disconnected=self._from_guard)
+        except ConfigError:
+            if not wanted:
+                raise
+            logger.warning("port taken, another is used domain=%s port=%d", domain, wanted)
+            return self.factory.bind_router(domain, self.hosts, on_disconnected=self._from_guard)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from skynet.coordinator.served import ServedModel
 from skynet.models.store.serving import ModelShelf
 from skynet.models.store.store import StoreConfig
 from skynet.protocol.bulk import BulkServer
-from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.sockets import Port, SocketFactory
 
 
 class ModelSharing:
     """Serves the model to admitted workers. Owns its socket."""
 
-    def __init__(self, factory: SocketFactory, hosts: Sequence[str], model: ServedModel, cache_dir: Path) -> None:
+    def __init__(self, factory: SocketFactory, port: Port, model: ServedModel, cache_dir: Path) -> None:
         shelf = ModelShelf(StoreConfig(cache_dir=cache_dir))
         shelf.add(model.manifest, [model.directory] if model.directory else [])
-        port = factory.bind_router("bulk", hosts)
         self.port = port.number
         self._port = factory.asynchronous(port)
         self._server = BulkServer(self._port, shelf.open_source, on_protocol_error=factory.punish)

@@ -39,6 +39,10 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
         "workers": [
             _worker(m, engine.replicas, server.membership) for _, m in sorted(server.membership.members.items())
         ],
+        "leases": [
+            {"id": lease.lease_id, "kind": str(lease.kind), "holder": lease.holder, "worker": lease.worker}
+            for lease in engine.leases.export()
+        ],
         "num_requests": len(engine.requests.by_id),
         "num_queued": engine.num_queued,
     }

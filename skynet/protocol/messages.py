@@ -14,7 +14,7 @@ from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 from skynet.protocol.steps import RunStep, SamplingParams, StepDone, StepFailed
 
-MAX_TEXT_BYTES: Final = 1 << 19  # of one prompt
+MAX_TEXT_CHARS: Final = 1 << 19  # of one prompt
 MAX_NAME_CHARS: Final = 256
 
 
@@ -41,14 +41,6 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldShard:
-    """A shard that is still in a worker's memory, so that a restarted coordinator can plan around it."""
-
-    model_digest: str
-    assignment: StageAssignment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
     """Worker -> coordinator, first on its control link: "this is what I am, and where peers reach me"."""
 
@@ -58,11 +50,10 @@ class Join:
     data_port: int
     bulk_port: int
     pid: int
-    held: tuple[HeldShard, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.hosts) > 16 or len(self.held) > 8:
-            raise ValueError(f"{len(self.hosts)} addresses and {len(self.held)} shards; at most 16 and 8 are allowed")
+        if not 0 < len(self.hosts) <= 16:
+            raise ValueError(f"{len(self.hosts)} addresses, 1 to 16 are allowed")
         for host in self.hosts:
             check_size("host", host, MAX_NAME_CHARS)
 
@@ -257,7 +248,7 @@ class ChatMessage:
     content: str
 
     def __post_init__(self) -> None:
-        check_size("message", self.content, MAX_TEXT_BYTES)
+        check_size("message", self.content, MAX_TEXT_CHARS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,9 +272,9 @@ class Submit:
         check_size("model", self.model or "", 1024)
         if (self.prompt is None) == (not self.messages):
             raise ValueError("a request has either a prompt or messages")
-        check_size("prompt", self.prompt or "", MAX_TEXT_BYTES)
-        if sum(len(m.content) for m in self.messages) > MAX_TEXT_BYTES:
-            raise ValueError(f"a conversation has at most {MAX_TEXT_BYTES} characters")
+        check_size("prompt", self.prompt or "", MAX_TEXT_CHARS)
+        if sum(len(m.content) for m in self.messages) > MAX_TEXT_CHARS:
+            raise ValueError(f"a conversation has at most {MAX_TEXT_CHARS} characters")
         if not 1 <= self.max_tokens <= 1_000_000:
             raise ValueError(f"max_tokens must lie in [1, 1000000], got {self.max_tokens}")
         if len(self.stop) > 16 or any(not 0 < len(s) <= 256 for s in self.stop):

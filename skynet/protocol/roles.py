@@ -55,7 +55,6 @@ MAY_SEND: Final[Mapping[str, frozenset[Role]]] = {
     "cancel": _ASKING,
     "get_status": _ASKING,
     "get_profiles": _ASKING,
-    "get_plan": _ASKING,
     "create_invite": _ADMIN,
     "list_invites": _ADMIN,
     "revoke_invite": _ADMIN,

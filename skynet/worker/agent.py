@@ -42,7 +42,6 @@ from skynet.protocol.messages import (
     Discard,
     Evicted,
     Heartbeat,
-    HeldShard,
     Join,
     Joined,
     Leaving,
@@ -237,10 +236,6 @@ class Agent:
                 data_port=self._data_port,
                 bulk_port=self._sharing.port,
                 pid=os.getpid(),
-                held=tuple(
-                    HeldShard(model_digest=order.model.digest, assignment=order.assignment)
-                    for order, _ in list(self._loads.values())[:8]
-                ),
             )
         )
 

@@ -143,7 +143,7 @@ def test_limits_are_those_of_the_code() -> None:
         "relay chunk": f"{relay.CHUNK_BYTES >> 10} KiB",
         "bulk block": f"{flow.block_bytes >> 10} KiB",
         "bulk window": f"{flow.window_bytes >> 20} MiB",
-        "prompt": f"{messages.MAX_TEXT_BYTES} characters",
+        "prompt": f"{messages.MAX_TEXT_CHARS} characters",
     }
 
 
