@@ -23,7 +23,7 @@ from skynet.protocol.ids import PeerId
 from skynet.protocol.plan import Epoch
 
 MAX_DIMENSIONS: Final = 8
-SCATTER_BYTES: Final = 256 << 10  # from here on, three ranks and more reduce-scatter; docs/decisions/0054
+SCATTER_BYTES: Final = 512 << 10  # from here on, three ranks and more reduce-scatter; docs/decisions/0054
 
 
 class PayloadKind(IntEnum):
