@@ -1,8 +1,8 @@
 """Serves one model on the members of a swarm: plans, prepares replicas, runs their steps, moves answers between them.
 
-Two kinds of task: `_converge` brings the replicas in line with the plan whenever membership changes, and one `_serve` per
-replica runs its steps. Sequences live in exactly one place: the queue (no replica can run them) or a replica's scheduler.
-A fault anywhere ends an epoch, never a request: the sequences go back to the queue with the token ids they have.
+Two kinds of task: `_converge` brings the replicas in line with the plan whenever membership changes, and one `_serve`
+per replica runs its steps. Sequences live in exactly one place: the queue (no replica can run them) or a replica's
+scheduler. A fault anywhere ends an epoch, never a request: the sequences go back to the queue with the token ids they have.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages to frames and back.
 
-Frame 0 is a msgpack array [version, kind, fields, tensors]; each tensor follows as one raw frame, described in `tensors`
-by dtype and shape, so that bf16 survives and large payloads leave without a copy. `fields` is a map of the message's
+Frame 0 is a msgpack array [version, kind, fields, tensors]; each tensor follows as one raw frame that `tensors`
+describes by dtype and shape, so that bf16 survives and large payloads leave without a copy. `fields` is a map of the message's
 dataclass fields. Decoding bounds every size and checks every field's type; whatever is wrong becomes one ProtocolError.
 """
 
@@ -47,7 +47,8 @@ class WireTensor:
         expected = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
         if expected > MAX_TENSOR_BYTES or expected != memoryview(self.data).nbytes:
             raise MalformedMessage(
-                f"tensor {self.dtype}{list(self.shape)} needs {expected} bytes, its frame has {memoryview(self.data).nbytes}"
+                f"tensor {self.dtype}{list(self.shape)} needs {expected} bytes, "
+                f"its frame has {memoryview(self.data).nbytes}"
             )
 
 
@@ -72,7 +73,9 @@ class Decoder(Generic[M]):
         if not frames or len(frames) > MAX_TENSORS + 1:
             raise MalformedMessage(f"a message has 1 to {MAX_TENSORS + 1} frames, this one has {len(frames)}")
         if memoryview(frames[0]).nbytes > MAX_HEADER_BYTES:
-            raise MalformedMessage(f"header of {memoryview(frames[0]).nbytes} bytes, at most {MAX_HEADER_BYTES} are allowed")
+            raise MalformedMessage(
+                f"header of {memoryview(frames[0]).nbytes} bytes, at most {MAX_HEADER_BYTES} are allowed"
+            )
         try:
             version, kind, fields, described = _header_decoder.decode(frames[0])
         except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
@@ -82,7 +85,9 @@ class Decoder(Generic[M]):
             raise VersionMismatch(f"peer speaks protocol {version}, this side {PROTOCOL_VERSION}; upgrade {older}")
         decoder = self._decoders.get(kind)
         if decoder is None:
-            raise UnknownKind(f"message kind {kind[:64]!r} isn't expected here; known: {', '.join(sorted(self._decoders))}")
+            raise UnknownKind(
+                f"message kind {kind[:64]!r} isn't expected here; known: {', '.join(sorted(self._decoders))}"
+            )
         if len(described) != len(frames) - 1:
             raise MalformedMessage(f"{kind}: describes {len(described)} tensors but carries {len(frames) - 1}")
         try:

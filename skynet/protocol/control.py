@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M")
 
 
-class LinkLost(Exception):  # noqa: N818 - an event rather than an error: links come and go
+class LinkLost(Exception):
     """The connection to the coordinator ended, or it no longer counts us as a member."""
 
 

@@ -61,7 +61,7 @@ class _Place(NamedTuple):
 
 
 async def enter(config: EntranceConfig, role: Role, suffix: str, process_key: ProcessKey | None = None) -> Ticket:
-    """Be admitted as `role`. Raises DiscoveryError, AdmissionRefused or another ProtocolError, each with the next step."""
+    """Be admitted as `role`. Raises DiscoveryError, AdmissionRefused or another ProtocolError; each says what to do."""
     pins = Pins(config.config_dir)
     invite = decode_invite(config.invite) if config.invite else None
     process_key = process_key or ProcessKey.generate()
@@ -85,9 +85,7 @@ async def enter(config: EntranceConfig, role: Role, suffix: str, process_key: Pr
             failure = exc
             continue
         is_asked_for = invite is not None or config.swarm is not None
-        is_first = pins.pin(
-            admission.welcome.swarm_name, admission.swarm_key, time.time(), beside_others=is_asked_for
-        )
+        is_first = pins.pin(admission.welcome.swarm_name, admission.swarm_key, time.time(), beside_others=is_asked_for)
         return Ticket(admission.welcome, admission.swarm_key, process_key, place.host, is_first)
     assert failure is not None
     raise failure

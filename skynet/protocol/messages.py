@@ -321,7 +321,7 @@ class GetProfiles:
     request_id: RequestId
 
 
-# -- admin -> coordinator; each is answered by one Answer ---------------------------------------------------------------
+# -- admin -> coordinator; each is answered by one Answer --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

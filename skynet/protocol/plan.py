@@ -94,7 +94,9 @@ class StageAssignment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.stage_index < len(self.stages) or not 0 <= self.rank < len(self.stages[self.stage_index]):
-            raise ValueError(f"stage {self.stage_index} rank {self.rank} isn't in a layout of {len(self.stages)} stages")
+            raise ValueError(
+                f"stage {self.stage_index} rank {self.rank} isn't in a layout of {len(self.stages)} stages"
+            )
         if self.num_blocks < 1 or self.block_size < 1:
             raise ValueError(f"{self.num_blocks} KV blocks of {self.block_size} positions can't hold a sequence")
 

@@ -9,7 +9,7 @@ from skynet.protocol.ids import WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerProfile:
-    """One worker's device as it measured itself at start. Checked when it arrives: every rate is finite and positive."""
+    """One worker's device as it measured itself at start. Checked when it arrives: rates are finite and positive."""
 
     device: str  # "cpu", "cuda:0", ...
     device_name: str  # for people
@@ -25,7 +25,9 @@ class WorkerProfile:
         if not rates or not all(0 < rate < 1e18 for rate in rates):
             raise ValueError(f"rates must be positive and finite, got {rates}")
         if self.memory_bytes < 0 or self.threads < 1 or not 0 <= self.layer_overhead_s < 60:
-            raise ValueError(f"impossible profile: {self.memory_bytes} bytes, {self.threads} threads, {self.layer_overhead_s} s")
+            raise ValueError(
+                f"impossible profile: {self.memory_bytes} bytes, {self.threads} threads, {self.layer_overhead_s} s"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from skynet.protocol.plan import Epoch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen. Random numbers depend on (seed, index, position) alone, never on batch or layout."""
+    """How the next token is chosen. Random numbers depend on (seed, index, position), never on batch or layout."""
 
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0

@@ -1,4 +1,4 @@
-"""A worker's agent: enters the swarm, says it lives, carries out the coordinator's orders, comes back when it was lost."""
+"""A worker's agent: enters the swarm, says it lives, carries out the coordinator's orders, comes back when lost."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import torch
 from skynet.errors import (
     AdmissionRefused,
     AwaitingApproval,
+    ConfigError,
     DiscoveryError,
     ProtocolError,
     SkyNetError,
@@ -33,6 +34,7 @@ from skynet.models.store.store import Progress, StoreConfig
 from skynet.protocol.addresses import listen_addresses, local_interfaces
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import COORDINATOR, EntranceConfig, Ticket, enter
+from skynet.protocol.hello import checked_suffix
 from skynet.protocol.identity import ProcessKey
 from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import (
@@ -376,6 +378,10 @@ class Agent:
 @contextlib.contextmanager
 def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[str]:
     """A worker suffix that no other live process of this user and machine has; a free one is stable across restarts."""
+    try:
+        checked_suffix(wanted)
+    except ValueError as exc:
+        raise ConfigError(f"--name {wanted}: {exc}") from exc
     directory = config_dir / "workers"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for number in range(1, 1000):

@@ -68,7 +68,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def lendable_bytes(device: torch.device, cap_bytes: int | None) -> int:
-    """What this worker lends for weights and KV cache: the owner's cap, or 80% of what is free, less the process itself."""
+    """What it lends for weights and KV cache: the owner's cap, or 80% of what is free, less the process itself."""
     free = free_memory_bytes(device)
     total = free * 8 // 10 if cap_bytes is None else min(cap_bytes, free)
     if cap_bytes is not None and cap_bytes > free:

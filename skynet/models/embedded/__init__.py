@@ -1,4 +1,4 @@
-"""The embedded model: a small one that ships with the package and is the default, so that the first command works offline."""
+"""The embedded model: small, ships with the package, and is the default, so that the first command works offline."""
 
 from __future__ import annotations
 
