@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,7 +17,9 @@ from .common import (
     set_up_logging,
 )
 
-Verbosity = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+Verbosity = Annotated[
+    Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="How much to say.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +52,7 @@ def coordinator(
         int | None, typer.Option(help="Tokens of KV cache every replica must hold. Default: up to 2048.")
     ] = None,
     port: Annotated[
-        int, typer.Option(help="TCP port for newcomers; the other ports are chosen freely. 0: any.")
+        int, typer.Option(min=0, max=65535, help="TCP port for newcomers; the other ports are chosen freely. 0: any.")
     ] = 47100,
     bind: Annotated[
         list[str] | None, typer.Option(help="Listen on this address instead of the local networks; forces invites.")
@@ -92,11 +94,11 @@ def coordinator(
 
 
 def worker(
-    gpu: Annotated[int | None, typer.Option(help="CUDA device number; the same as --device cuda:N.")] = None,
+    gpu: Annotated[int | None, typer.Option(min=0, help="CUDA device number; the same as --device cuda:N.")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda:N. Default: the first CUDA device, else the CPU.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="The most memory this worker takes, for example 8GiB. Default: 80% of what is free."),

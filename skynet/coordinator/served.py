@@ -14,6 +14,7 @@ from skynet.errors import ConfigError, ModelError
 from skynet.models.checkpoint import build_manifest
 from skynet.models.config import read_spec
 from skynet.models.embedded import EMBEDDED_DIR, EMBEDDED_NAME
+from skynet.models.expected import check_complete
 from skynet.models.manifest import Manifest, encode_manifest
 from skynet.models.spec import DTYPE_BYTES, ModelSpec
 from skynet.protocol.messages import ModelRef, Submit
@@ -82,6 +83,7 @@ def open_model(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str 
         assert found.hub is not None
         assert found.hub_model is not None
         manifest = HubManifestBuilder(found.hub, found.hub_model, cache_dir, _log_progress(name)).build()
+    check_complete(manifest, read_config(found.small_files))
     ref = ModelRef(
         name=found.name,
         revision=found.hub_model.revision if found.hub_model else "",

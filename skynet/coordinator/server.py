@@ -119,6 +119,8 @@ async def serve(config: CoordinatorConfig) -> None:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
     planner = config.planner()
     model = await asyncio.to_thread(open_model, config.model, config.dtype, config.cache_dir, config.hub_endpoint)
+    if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
+        raise ConfigError(f"--layout {planner.layout}: the model has {model.spec.num_layers} layers, pin fewer stages")
     running = asyncio.current_task()
     assert running is not None
     loop = asyncio.get_running_loop()
