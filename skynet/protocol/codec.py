@@ -1,8 +1,8 @@
 """Messages to frames and back.
 
 Frame 0 is a msgpack array [version, kind, fields, tensors]; each tensor follows as one raw frame that `tensors`
-describes by dtype and shape, so that bf16 survives and large payloads leave without a copy. `fields` is a map of the message's
-dataclass fields. Decoding bounds every size and checks every field's type; whatever is wrong becomes one ProtocolError.
+describes by dtype and shape, so that bf16 survives and large payloads leave without a copy. `fields` is a map of the
+message's dataclass fields. Decoding bounds every size and checks every field's type; whatever is wrong becomes one ProtocolError.
 """
 
 from __future__ import annotations

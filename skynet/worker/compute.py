@@ -1,7 +1,7 @@
 """The compute thread: owns the model, the KV cache and the data-plane sockets of one device, and blocks on them.
 
 It does one thing at a time: run a step, or carry out an order from the agent. The agent's thread talks to it by `order`
-(a bounded queue and a wake-up) and `abort`, which ends any wait at once; it answers through `report`, in its own thread.
+(a bounded queue and a wake-up) and `abort`, which ends any wait at once; it answers by `report`, in its own thread.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def bytes_of(x: Tensor) -> memoryview:
     """The tensor's bytes, any dtype, without a copy if it is contiguous. On the CPU."""
     if not x.numel():
         return memoryview(b"")
-    flat = x.detach().contiguous()
+    flat = x.detach().cpu().contiguous()
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)  # numpy knows no bfloat16
     elements: memoryview = flat.numpy().data
@@ -127,7 +127,7 @@ class ZmqGroup:
             self._send(peer, tag, mine)
         if len(self._others) == 1:
             peer = self._others[0][1]
-            return x.add_(self._receive(peer, tag, x.dtype, x.shape))  # of two, either order gives the same bits
+            return x.add_(self._receive(peer, tag, x))  # of two, either order gives the same bits
         return sum_in_order([x if i == self._rank else self._receive_from(i, tag, x) for i in range(self.size)])
 
     def gather(self, x: Tensor, root: int = 0) -> list[Tensor] | None:
@@ -137,13 +137,13 @@ class ZmqGroup:
             shape = struct.pack(f"<B{x.dim()}Q", x.dim(), *x.shape)
             self._send(self._members[root], tag, shape + bytes(bytes_of(x)))
             return None
-        return [x if i == root else self._gathered(self._members[i], tag, x.dtype) for i in range(self.size)]
+        return [x if i == root else self._gathered(self._members[i], tag, x.dtype).to(x.device) for i in range(self.size)]
 
     def broadcast(self, x: Tensor | None, root: int = 0, *, like: Tensor) -> Tensor:
         """`root`'s `x` on every rank; `like` states its shape and dtype."""
         tag = self._next(PayloadKind.BROADCAST)
         if self._rank != root:
-            return self._receive(self._members[root], tag, like.dtype, like.shape).to(like.device, copy=True)
+            return self._receive(self._members[root], tag, like).to(like.device, copy=True)
         if x is None or x.shape != like.shape or x.dtype != like.dtype:
             raise ValueError(f"the root broadcasts a tensor like {like.dtype}{list(like.shape)}, got {x}")
         for _, peer in self._others:
@@ -159,11 +159,12 @@ class ZmqGroup:
     def _send(self, peer: PeerId, tag: Tag, payload: bytes | memoryview) -> None:
         self._channel.send(peer, self._epoch, tag, payload, self._deadline)
 
-    def _receive(self, peer: PeerId, tag: Tag, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        return tensor_from(self._channel.recv(peer, self._epoch, tag, self._deadline), dtype, shape, peer)
+    def _receive(self, peer: PeerId, tag: Tag, like: Tensor) -> Tensor:
+        payload = self._channel.recv(peer, self._epoch, tag, self._deadline)
+        return tensor_from(payload, like.dtype, like.shape, peer).to(like.device)
 
     def _receive_from(self, rank: int, tag: Tag, like: Tensor) -> Tensor:
-        return self._receive(self._members[rank], tag, like.dtype, like.shape)
+        return self._receive(self._members[rank], tag, like)
 
     def _gathered(self, peer: PeerId, tag: Tag, dtype: torch.dtype) -> Tensor:
         payload = self._channel.recv(peer, self._epoch, tag, self._deadline)
@@ -176,7 +177,7 @@ class ZmqGroup:
 
     def _scattered_sum(self, x: Tensor) -> Tensor:
         """Each rank sums one piece (they differ by at most one element) and hands it to the others."""
-        flat = x.detach().contiguous().view(-1)
+        flat = x.detach().cpu().contiguous().view(-1)
         pieces = torch.tensor_split(flat, self.size)
         tag, summed_tag = self._next(PayloadKind.SUM), self._next(PayloadKind.SUMMED)
         for i, peer in self._others:
@@ -189,7 +190,7 @@ class ZmqGroup:
         mine.copy_(total)
         for i, _ in self._others:
             pieces[i].copy_(self._receive_from(i, summed_tag, pieces[i]))
-        return flat.view(x.shape)
+        return flat.view(x.shape).to(x.device)
 
 
 def send_hidden(
