@@ -64,6 +64,18 @@ class Patient:
         self.swarm.wait_serving(60, num_workers=self.swarm.num_workers)
 
 
+def kill_last(patient: Patient) -> None:
+    patient.holding(-1, -1).kill()
+
+
+def kill_first(patient: Patient) -> None:
+    patient.holding(0, 0).kill()
+
+
+def join(patient: Patient) -> None:
+    patient.swarm.start_worker().wait_for("worker ready", 60)
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def shared_patient(request: pytest.FixtureRequest) -> Iterator[Patient]:
     config = LocalSwarmConfig(layout=request.param, dtype="float32")

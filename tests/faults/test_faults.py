@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import Patient
+from .conftest import Patient, join, kill_first, kill_last
 
 pytestmark = pytest.mark.timeout(180)
-
-
-def kill_last(patient: Patient) -> None:
-    patient.holding(-1, -1).kill()
-
-
-def kill_first(patient: Patient) -> None:
-    patient.holding(0, 0).kill()
-
-
-def join(patient: Patient) -> None:
-    patient.swarm.start_worker().wait_for("worker ready", 60)
 
 
 def test_a_killed_worker_is_replaced_mid_answer(patient: Patient) -> None:

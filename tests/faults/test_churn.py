@@ -1,0 +1,98 @@
+"""After many joins and losses nothing is left over; and losses at random moments change nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from skynet.client.swarm import Completion
+from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
+from skynet.testing.processes import NodeProcess
+
+from .conftest import MAX_TOKENS, PROMPT, Patient, join, kill_first, kill_last
+
+MIB = 1 << 20
+
+
+def footprint(node: NodeProcess) -> dict[str, int]:
+    """What a process holds that could leak."""
+    process = psutil.Process(node.process.pid)
+    return {
+        "files": process.num_fds(),
+        "threads": process.num_threads(),
+        "sockets": len(process.net_connections(kind="tcp")),
+        "memory": process.memory_info().rss,
+    }
+
+
+def settled(swarm: LocalSwarm, node: NodeProcess, num_workers: int) -> dict[str, int]:
+    """The footprint once the swarm serves with so many workers and has answered something."""
+    swarm.wait_serving(60, num_workers=num_workers)
+    swarm.complete(Completion(prompt=PROMPT, max_tokens=8))
+    swarm.status()
+    return footprint(node)
+
+
+def churn(rounds: int, seed: int) -> None:
+    """Random joins, losses and leaves around one worker that stays."""
+    choose = random.Random(seed)
+    with LocalSwarm(LocalSwarmConfig(layout="2x1")) as swarm:
+        stayer = swarm.workers["w0"]
+        assert swarm.coordinator is not None
+        swarm.workers["w1"].kill()
+        swarm.workers.pop("w1")
+        alone = {node.name: settled(swarm, node, 1) for node in (swarm.coordinator, stayer)}
+        for _ in range(rounds):
+            guest = swarm.start_worker()
+            guest.wait_for("worker ready", 60)
+            swarm.wait_serving(60, num_workers=2)
+            if choose.random() < 0.5:
+                guest.kill()
+            else:
+                guest.interrupt()
+                guest.wait(30)
+            swarm.workers.pop(guest.name)
+        for node in (swarm.coordinator, stayer):
+            before, after = alone[node.name], settled(swarm, node, 1)
+            # A socket may linger in the kernel, a thread pool fills once: a few, whatever the number of rounds.
+            assert after["files"] <= before["files"] + 8, (node.name, before, after)
+            assert after["threads"] <= before["threads"] + 6, (node.name, before, after)
+            assert after["sockets"] <= before["sockets"] + 4, (node.name, before, after)
+            assert after["memory"] <= before["memory"] + 48 * MIB, (node.name, before, after)
+
+
+@pytest.mark.timeout(180)
+def test_nothing_leaks_over_a_few_joins_and_losses() -> None:
+    churn(rounds=5, seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_nothing_leaks_over_fifty_joins_and_losses() -> None:
+    churn(rounds=50, seed=2)
+
+
+FAULTS: dict[str, Callable[[Patient], None]] = {
+    "kill last": kill_last,
+    "kill first": kill_first,
+    "hang": lambda patient: patient.holding(0, 0).pause(),
+    "leave": lambda patient: patient.holding(-1, 0).interrupt(),
+    "join": join,
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(10))
+def test_faults_at_random_moments_change_nothing(patient: Patient, seed: int) -> None:
+    choose = random.Random(seed)
+    for _ in range(3):
+        patient.heal()
+        moments = choose.sample(range(2, MAX_TOKENS - 10), k=choose.choice((1, 1, 2)))
+        faults = {moment: FAULTS[choose.choice(sorted(FAULTS))] for moment in moments}
+        if len(faults) > 1:
+            join(patient)  # so that something is left to lose
+        patient.assert_undisturbed(patient.answer(faults))
