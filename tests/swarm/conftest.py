@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,18 @@ class User:
 
 
 Serve = Callable[..., LocalSwarm]
+_running: list[LocalSwarm] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what the processes said."""
+    report = yield
+    if report.failed:
+        for swarm in _running:
+            nodes = {"coordinator": swarm.coordinator, **swarm.workers}
+            report.sections += [(name, "\n".join(node.lines[-25:])) for name, node in nodes.items() if node]
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +76,9 @@ def workers() -> Iterator[LocalSwarm]:
     """Real processes that live as long as the session."""
     config = LocalSwarmConfig(layout="2x1", dtype="float32", num_workers=NUM_WORKERS)
     with LocalSwarm(config) as swarm:
+        _running.append(swarm)
         yield swarm
+        _running.remove(swarm)
 
 
 @pytest.fixture(scope="session")
