@@ -64,6 +64,7 @@ from skynet.protocol.sockets import SocketFactory
 from skynet.worker.compute import Attach, ComputeThread, Drop, Install, LinkUp, MeasureLinks, Report
 from skynet.worker.device import device_name, lendable_bytes, measure_profile, pick_device
 from skynet.worker.loader import Loader
+from skynet.worker.progress import LoadBars
 from skynet.worker.sharing import ChunkSharing
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class WorkerConfig:
     config_dir: Path
     cache_dir: Path
     hub_endpoint: str | None = None
+    show_progress: bool = False  # bars on stderr while loading
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -128,6 +130,7 @@ class Agent:
         self._link: ControlLink[ToWorker] | None = None
         self._loads: dict[Epoch, tuple[Prepare, threading.Event]] = {}
         self._loading = asyncio.Lock()
+        self._bars = LoadBars(config.show_progress)
         self._tasks: set[asyncio.Task[None]] = set()
         self._interrupts = 0
         self._is_released = False
@@ -332,6 +335,8 @@ class Agent:
                 logger.error("shard not loaded epoch=%s reason=%s", order.epoch, exc)
                 self._send(PrepareFailed(epoch=order.epoch, reason=str(exc)[:1000]))
             return
+        finally:
+            self._bars.end(order.epoch)
         if order.epoch not in self._loads:
             return  # discarded meanwhile
         logger.info(
@@ -351,6 +356,9 @@ class Agent:
             self._loop.call_soon_threadsafe(self._send, BadChunk(peer=peer_id, chunk=chunk.digest.hex()))
 
     def _progress(self, epoch: Epoch, progress: Progress) -> None:
+        if epoch not in self._loads:
+            return
+        self._bars.update(epoch, progress)
         self._send(
             LoadProgress(
                 epoch=epoch,
@@ -380,7 +388,7 @@ def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[st
     """A worker suffix that no other live process of this user and machine has; a free one is stable across restarts."""
     try:
         checked_suffix(wanted)
-    except ValueError as exc:
+    except ProtocolError as exc:
         raise ConfigError(f"--name {wanted}: {exc}") from exc
     directory = config_dir / "workers"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
