@@ -87,7 +87,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     numpy asks the kernel for zeroed pages, where torch.zeros writes every one of them.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:  # a rank may hold no heads
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
