@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -132,6 +133,7 @@ def worker(
             invite=invite,
             listen=tuple(listen or ()),
             is_experimental=experimental,
+            show_progress=sys.stderr.isatty(),
             config_dir=config_dir(),
             cache_dir=cache_dir(),
             hub_endpoint=hub_endpoint(),

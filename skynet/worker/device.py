@@ -14,6 +14,7 @@ import torch
 
 from skynet.errors import ConfigError
 from skynet.protocol.profile import WorkerProfile
+from skynet.worker.stage.matrix import make_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +105,20 @@ def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> Wo
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Weight bytes per second of a matrix-vector product, and operations per second of a matrix product."""
     side, batch = (2048, 128) if device.type == "cpu" else (8192, 2048)
-    weights = [torch.full((side, side), 0.01, dtype=dtype, device=device) for _ in range(4)]  # more than caches hold
+    # Several, so that caches don't hold them all; in the layout that stages multiply with.
+    weights = [make_matrix(torch.full((side, side), 0.01, dtype=dtype, device=device)) for _ in range(4)]
     vector = torch.full((1, side), 0.01, dtype=dtype, device=device)
     matrix = torch.full((batch, side), 0.01, dtype=dtype, device=device)
     turns = iter(range(1 << 30))
-    vector_s = _seconds(device, lambda: torch.nn.functional.linear(vector, weights[next(turns) % 4]))
-    matrix_s = _seconds(device, lambda: torch.nn.functional.linear(matrix, weights[0]))
+    vector_s = _seconds(device, lambda: weights[next(turns) % 4](vector))
+    matrix_s = _seconds(device, lambda: weights[0](matrix))
     return weights[0].nbytes / vector_s, 2 * batch * side * side / matrix_s
 
 
 def _layer_overhead_s(device: torch.device) -> float:
-    """The fixed cost of a layer: about twenty operations on almost nothing."""
+    """The fixed cost of a layer: about sixty operations on almost nothing."""
     x = torch.ones(1, 64, device=device)
-    return 20 * _seconds(device, lambda: x + x)
+    return 60 * _seconds(device, lambda: x + x)
 
 
 def _seconds(device: torch.device, work: Callable[[], object], budget_s: float = 0.1) -> float:

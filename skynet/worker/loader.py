@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import threading
@@ -85,7 +86,8 @@ class Loader:
             if model is None:
                 model = self._models[order.model.digest] = _Model(manifest, _config_of(store, manifest))
             stage = load_stage(model.config, order.assignment, SwarmSource(store), self._device)
-        self._held[key] = stage
+        # Weights alone: the cache belongs to its epoch and must go with it.
+        self._held[key] = stage.with_fresh_cache(dataclasses.replace(order.assignment, num_blocks=1))
         return stage
 
     def _remote(self, ref: ModelRef) -> list[ChunkSource]:
