@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import socket as sockets
+import stat
 import struct
 import sys
 import threading
@@ -104,7 +105,10 @@ def _bytes_received(connection: _Connection) -> int | None:
     with _duplicate(connection) as duplicate:
         if duplicate is None:
             return None
-        info = duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256)
+        try:
+            info = duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256)
+        except OSError:
+            return None
     if len(info) < _BYTES_RECEIVED_OFFSET + 8:
         return None
     count: int = _BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_OFFSET)[0]
@@ -123,11 +127,16 @@ class _duplicate:  # noqa: N801  (reads as a function)
             fd = os.dup(self._connection.fd)
         except OSError:
             return None
-        if os.fstat(fd).st_ino != self._connection.inode:
+        seen = os.fstat(fd)
+        if seen.st_ino != self._connection.inode or not stat.S_ISSOCK(seen.st_mode):  # closed, the number used again
             os.close(fd)
             return None
-        self._socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM, 0, fileno=fd)
-        return self._socket
+        duplicate = sockets.socket(fileno=fd)
+        if duplicate.family not in (sockets.AF_INET, sockets.AF_INET6):
+            duplicate.close()
+            return None
+        self._socket = duplicate
+        return duplicate
 
     def __exit__(self, *_: object) -> None:
         if self._socket is not None:
@@ -263,10 +272,12 @@ class GuardThread:
     def _event(self, watch: Watch, event: int, value: int) -> None:
         if event in (zmq.Event.ACCEPTED, zmq.Event.CONNECTED):
             try:
-                inode = os.fstat(value).st_ino
+                seen = os.fstat(value)
             except OSError:
                 return  # already closed; its DISCONNECTED follows
-            connection = _Connection(value, inode, is_accepted=event == zmq.Event.ACCEPTED)
+            if not stat.S_ISSOCK(seen.st_mode):
+                return  # closed, and the number used again for a file
+            connection = _Connection(value, seen.st_ino, is_accepted=event == zmq.Event.ACCEPTED)
             connection.host = _host_of(connection)
             watch.connections[value] = connection
             if connection.is_accepted and self._is_crowded(watch, connection.host):
