@@ -102,8 +102,15 @@ class LocalSwarm:
         self.start_coordinator()
         self.wait_serving()
 
-    def start_worker(self, name: str | None = None, arguments: Sequence[str] = ()) -> NodeProcess:
-        """Start one more worker; it joins by itself."""
+    def start_worker(
+        self,
+        name: str | None = None,
+        arguments: Sequence[str] = (),
+        *,
+        home: Path | None = None,
+        prefix: Sequence[str] = (),
+    ) -> NodeProcess:
+        """Start one more worker; it joins by itself. With a `home` for keys and cache it is another node."""
         if name is None:
             name = f"w{self._names}"
             self._names += 1
@@ -111,11 +118,15 @@ class LocalSwarm:
         options = ["worker", "--device", "cpu", "--name", name, "--coordinator", f"127.0.0.1:{self.port}"]
         options += ["--threads", str(config.threads), "--log-level", config.log_level]
         options += ["--memory", config.memory] if config.memory else []
-        self.workers[name] = self._start(name, [*options, *config.worker_arguments, *arguments])
+        self.workers[name] = self._start(name, [*options, *config.worker_arguments, *arguments], home, prefix)
         return self.workers[name]
 
-    def _start(self, name: str, arguments: Sequence[str]) -> NodeProcess:
-        return NodeProcess.start(name, arguments, self.environment, log_path=self.directory / f"{name}.log")
+    def _start(
+        self, name: str, arguments: Sequence[str], home: Path | None = None, prefix: Sequence[str] = ()
+    ) -> NodeProcess:
+        own = {"SKYNET_CONFIG_DIR": str(home / "config"), "SKYNET_CACHE_DIR": str(home / "cache")} if home else {}
+        environment = self.environment | own
+        return NodeProcess.start(name, arguments, environment, prefix, log_path=self.directory / f"{name}.log")
 
     def stop(self) -> None:
         """End every process and thread it started; works twice."""
