@@ -2,7 +2,8 @@
 
 Frame 0 is a msgpack array [version, kind, fields, tensors]; each tensor follows as one raw frame that `tensors`
 describes by dtype and shape, so that bf16 survives and large payloads leave without a copy. `fields` is a map of the
-message's dataclass fields. Decoding bounds every size and checks every field's type; whatever is wrong becomes one ProtocolError.
+message's dataclass fields. Decoding bounds every size and checks every field's type; whatever is wrong becomes one
+ProtocolError.
 """
 
 from __future__ import annotations

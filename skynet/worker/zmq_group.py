@@ -137,7 +137,9 @@ class ZmqGroup:
             shape = struct.pack(f"<B{x.dim()}Q", x.dim(), *x.shape)
             self._send(self._members[root], tag, shape + bytes(bytes_of(x)))
             return None
-        return [x if i == root else self._gathered(self._members[i], tag, x.dtype).to(x.device) for i in range(self.size)]
+        return [
+            x if i == root else self._gathered(self._members[i], tag, x.dtype).to(x.device) for i in range(self.size)
+        ]
 
     def broadcast(self, x: Tensor | None, root: int = 0, *, like: Tensor) -> Tensor:
         """`root`'s `x` on every rank; `like` states its shape and dtype."""
@@ -166,14 +168,14 @@ class ZmqGroup:
     def _receive_from(self, rank: int, tag: Tag, like: Tensor) -> Tensor:
         return self._receive(self._members[rank], tag, like)
 
-    def _gathered(self, peer: PeerId, tag: Tag, dtype: torch.dtype) -> Tensor:
+    def _gathered(self, peer: PeerId, tag: Tag, like: Tensor) -> Tensor:
         payload = self._channel.recv(peer, self._epoch, tag, self._deadline)
         num_dimensions = payload[0] if payload.nbytes else MAX_DIMENSIONS + 1
         data_start = 1 + 8 * num_dimensions
         if num_dimensions > MAX_DIMENSIONS or payload.nbytes < data_start:
             raise MalformedMessage(f"peer {peer}: gathered tensor without a readable shape")
         shape = struct.unpack_from(f"<{num_dimensions}Q", payload, 1)
-        return tensor_from(payload[data_start:], dtype, shape, peer).clone()
+        return tensor_from(payload[data_start:], like.dtype, shape, peer).to(like.device, copy=True)
 
     def _scattered_sum(self, x: Tensor) -> Tensor:
         """Each rank sums one piece (they differ by at most one element) and hands it to the others."""
