@@ -383,7 +383,7 @@ class DataChannel:
                 is_blocking = True
                 if spin_until:
                     self._spinner.miss()
-            arrival = self._poll(deadline if is_blocking else 0.0, wanted, polled)[2]
+            arrival = self._poll(deadline if is_blocking and not is_lost else 0.0, wanted, polled)[2]
             if arrival is not None:
                 if spin_until and not is_blocking:
                     self._spinner.hit()

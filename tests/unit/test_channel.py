@@ -16,6 +16,7 @@ from skynet.protocol.admitted import AdmittedPeer
 from skynet.protocol.channel import ChannelConfig, DataChannel
 from skynet.protocol.data_frame import FrameType, Tag, control_header, data_header
 from skynet.protocol.ids import PeerId
+from skynet.protocol.links import DirectPath
 from skynet.protocol.plan import Epoch
 from skynet.protocol.relay import RelayServer
 from skynet.protocol.sockets import SocketFactory
@@ -246,6 +247,22 @@ def test_lost_peer_ends_the_wait_for_it_but_not_for_others(make: Callable[..., S
     send(c, b, b"still here")
     assert receive(b, c).result(5) == b"still here"
     a.close = lambda: None  # type: ignore[method-assign]  # closed already
+
+
+def test_end_that_only_the_guard_saw_ends_the_wait(make: Callable[..., Side]) -> None:
+    """As where a link is cut without a word: the sockets themselves have nothing to tell."""
+    a, b = make("a.cpu"), make("b.cpu", ChannelConfig(spin_s=0))
+    introduce([a, b])
+    link(a, b)
+    known = b.channel._links.get(a.peer_id)
+    assert known is not None
+    waiting = receive(b, a, timeout_s=30)
+    if isinstance(known.path, DirectPath) and known.path.routing_id:
+        b.channel._post("gone", a.peer_id, known.path.connection)
+    else:
+        b.channel._post("down", next(iter(known.candidates)), 0)
+    with pytest.raises(WorkerLost, match="the connection ended"):
+        waiting.result(5)
 
 
 def test_links_can_be_closed_and_opened_again(pair: tuple[Side, Side]) -> None:
