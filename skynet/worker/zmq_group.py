@@ -137,9 +137,7 @@ class ZmqGroup:
             shape = struct.pack(f"<B{x.dim()}Q", x.dim(), *x.shape)
             self._send(self._members[root], tag, shape + bytes(bytes_of(x)))
             return None
-        return [
-            x if i == root else self._gathered(self._members[i], tag, x.dtype).to(x.device) for i in range(self.size)
-        ]
+        return [x if i == root else self._gathered(self._members[i], tag, x) for i in range(self.size)]
 
     def broadcast(self, x: Tensor | None, root: int = 0, *, like: Tensor) -> Tensor:
         """`root`'s `x` on every rank; `like` states its shape and dtype."""
