@@ -8,10 +8,10 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 from skynet import __version__
 from skynet.coordinator.administration import Administration
@@ -74,6 +74,7 @@ from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STATUS_WAIT_S = 5.0
 MAX_STATUS_WAITERS = 256
@@ -190,13 +191,13 @@ class CoordinatorServer:
         control = self._bind("control", 1)
         work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
-            self.factory.asynchronous(control), TO_COORDINATOR, self._on_control
+            self.factory.asynchronous(control), TO_COORDINATOR, self._on_control, self.factory.punish
         )
         self.work: Switchboard[WorkMessage] = Switchboard(
-            self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work
+            self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work, self.factory.punish
         )
         self.sharing = ModelSharing(self.factory, self._bind("bulk", 3), model, config.cache_dir)
-        self.relay = RelayServer(self.factory, self.hosts)
+        self.relay = self._near(4, lambda port: RelayServer(self.factory, self.hosts, port))
         self.relay.start()
         self.ports = {
             "control": control.number,
@@ -224,15 +225,20 @@ class CoordinatorServer:
         self.store.nodes.visit(owner, time.time(), via=Via.APPROVAL)
 
     def _bind(self, domain: str, offset: int) -> Port:
-        """A ROUTER at a fixed distance from the port for newcomers, so that firewalls can be told; else anywhere."""
-        wanted = self.config.port + offset if self.config.port else 0
+        """A ROUTER near the port for newcomers, so that firewalls can be told."""
+        bind = self.factory.bind_router
+        return self._near(offset, lambda port: bind(domain, self.hosts, port, on_disconnected=self._from_guard))
+
+    def _near(self, offset: int, listen: Callable[[int], T]) -> T:
+        """Listen so many ports above the one for newcomers, or anywhere if that is taken or nobody chose one."""
+        wanted = self.config.port + offset if 0 < self.config.port <= 65535 - offset else 0
         try:
-            return self.factory.bind_router(domain, self.hosts, wanted, on_disconnected=self._from_guard)
+            return listen(wanted)
         except ConfigError:
             if not wanted:
                 raise
-            logger.warning("port taken, another is used domain=%s port=%d", domain, wanted)
-            return self.factory.bind_router(domain, self.hosts, on_disconnected=self._from_guard)
+            logger.warning("port taken, another is used port=%d", wanted)
+            return listen(0)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -420,9 +426,9 @@ class CoordinatorServer:
     def send_work(self, worker_id: WorkerId, message: RunStep) -> bool:
         return self.work.send(PeerId(worker_id), message)
 
-    def tell(self, client: PeerId, message: ToClient) -> None:
-        """A client that doesn't read loses its messages, and gets them again when it comes back."""
-        self.control.send(client, message)
+    def tell(self, client: PeerId, message: ToClient) -> bool:
+        """False: it isn't connected or doesn't read. The engine tells it again what belongs to an answer."""
+        return self.control.send(client, message)
 
     def _answer(self, peer: PeerId, request_id: Any, body: dict[str, Any]) -> None:
         self.tell(peer, Answer(request_id=request_id, body=json.dumps(body)))
