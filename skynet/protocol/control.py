@@ -98,10 +98,17 @@ class ControlLink(Generic[M]):
 class Switchboard(Generic[M]):
     """The coordinator's end of one kind of link: a ROUTER, and which connection each peer has."""
 
-    def __init__(self, port: AsyncPort, kinds: tuple[type[M], ...], on_message: Callable[[PeerId, M], None]) -> None:
+    def __init__(
+        self,
+        port: AsyncPort,
+        kinds: tuple[type[M], ...],
+        on_message: Callable[[PeerId, M], None],
+        on_refused: Callable[[PeerId], None],
+    ) -> None:
         self._port = port
         self._decoder = Decoder(*kinds)
         self._on_message = on_message
+        self._on_refused = on_refused  # a peer sent what nobody may: close its link
         self._is_closed = False
         self._routes: dict[PeerId, tuple[bytes, int]] = {}  # routing id, connection
 
@@ -118,10 +125,7 @@ class Switchboard(Generic[M]):
             self._on_message(received.peer_id, message)
         except ProtocolError as exc:
             logger.warning("message refused peer=%s reason=%s", received.peer_id, exc)
-            self.on_refused(received.peer_id, exc)
-
-    def on_refused(self, peer_id: PeerId, error: ProtocolError) -> None:
-        """A peer sent what it may not; overridden by who knows how to answer."""
+            self._on_refused(received.peer_id)
 
     def send(self, peer_id: PeerId, message: Any) -> bool:
         """Queue a message for a peer. False: it has no connection, or doesn't read what it gets."""
