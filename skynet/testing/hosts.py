@@ -69,7 +69,7 @@ class Host:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """What goes before a command so that it runs here, as the same process: with this host's network and its name."""
+        """What goes before a command so that it runs here (as the same process): this host's network and name."""
         return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", _ENTER, self.name)
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -212,7 +212,7 @@ class Network:
         return host
 
     def host_beyond(self, name: str, neighbours: Sequence[Host]) -> Host:
-        """A new host in another subnet; a router on the switch joins it with these hosts, each under its own address."""
+        """A new host in another subnet; a router on the switch joins it with these hosts, without NAT."""
         router = self.host(f"{name}-gw")
         host = self._routed(name, router)
         for neighbour in neighbours:
