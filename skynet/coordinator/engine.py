@@ -2,7 +2,7 @@
 
 Two kinds of task: `_converge` brings the replicas in line with the plan whenever membership changes, and one `_serve`
 per replica runs its steps. Sequences live in exactly one place: the queue (no replica can run them) or a replica's
-scheduler. A fault anywhere ends an epoch, never a request: the sequences go back to the queue with the token ids they have.
+scheduler. A fault anywhere ends an epoch, never a request: its sequences go back to the queue with the ids they have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from skynet.coordinator.leases import Lease, LeaseKind, LeaseTable
@@ -21,10 +21,10 @@ from skynet.coordinator.membership import Membership, WorkerState
 from skynet.coordinator.planner import Plan, PlannerConfig, ReplicaPlan, plan
 from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
 from skynet.coordinator.requests import FinishReason, Request, RequestTable, end_of_answer, node_of
-from skynet.coordinator.scheduler import Scheduler, SchedulerConfig, Sequence
+from skynet.coordinator.scheduler import Scheduler, SchedulerConfig, Sequence, Step
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.text import AnswerText
-from skynet.errors import CapacityError, RequestFailed, SkyNetError
+from skynet.errors import CapacityError, ConfigError, RequestFailed, SkyNetError
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.ids import LeaseId, PeerId, RequestId, SequenceId, WorkerId
 from skynet.protocol.messages import (
@@ -46,7 +46,7 @@ from skynet.protocol.messages import (
     Tokens,
 )
 from skynet.protocol.plan import Epoch, StageAssignment
-from skynet.protocol.profile import LinkProfile, WorkerProfile
+from skynet.protocol.profile import LinkProfile
 from skynet.protocol.steps import SequencePart, StepDone, StepFailed
 
 logger = logging.getLogger(__name__)
@@ -70,10 +70,18 @@ class EngineConfig:
     silence_s: float = 30.0  # loading without progress for this long is a fault
     orphan_s: float = 15.0  # an answer whose client is gone is kept for this long
     max_requests: int = 512  # running and waiting; more are refused at once
+    max_node_requests: int = 256  # of one node, so that it can't keep the others out
+    retry_s: float = 5.0  # the longest pause between two plans that couldn't be carried out
+    unfit_s: float = (
+        30.0  # without enough workers, one that couldn't load is tried again after this, then twice this...
+    )
 
 
 class Engine:
-    """See the module. Everything runs on one event loop; nothing here blocks it."""
+    """See the module. Everything runs on one event loop; nothing here blocks it.
+
+    `tell` sends a message to a client and never waits. False: it isn't connected or doesn't read; it is told later.
+    """
 
     def __init__(
         self,
@@ -81,7 +89,7 @@ class Engine:
         model: ServedModel,
         membership: Membership,
         transport: Transport,
-        tell: Callable[[PeerId, ToClient], None],
+        tell: Callable[[PeerId, ToClient], bool],
         sources: Callable[[], tuple[PeerInfo, ...]],
         start_counter: int,
         on_change: Callable[[], None] = lambda: None,
@@ -110,7 +118,8 @@ class Engine:
         self._probed: set[tuple[WorkerId, WorkerId]] = set()  # asked for once; forgotten with either worker
         self._has_served = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pongs: dict[WorkerId, asyncio.Event] = {}
+        self._asked: list[dict[WorkerId, asyncio.Event]] = []  # who was asked whether it lives, by each who asks
+        self._behind: dict[tuple[str, RequestId], Request] = {}  # whose clients don't read as fast as they are told
 
     @property
     def num_queued(self) -> int:
@@ -162,7 +171,7 @@ class Engine:
         self.leases.vanished(worker_id)
         for replica in [*self.replicas, *self._preparing]:
             if worker_id in replica.workers:
-                replica.fail(ReplicaFault(f"{worker_id} is gone: {reason}", frozenset({worker_id})))
+                replica.fail(ReplicaFault(f"{worker_id} is gone: {reason}", frozenset({worker_id}), is_loss=True))
         self.members_changed()
 
     def on_worker(self, worker_id: WorkerId, message: Prepared | PrepareFailed | Linked | LoadProgress) -> None:
@@ -191,8 +200,9 @@ class Engine:
                 replica.on_work(worker_id, message)
 
     def on_pong(self, worker_id: WorkerId) -> None:
-        if worker_id in self._pongs:
-            self._pongs[worker_id].set()
+        for asked in self._asked:
+            if worker_id in asked:
+                asked[worker_id].set()
 
     # -- requests
 
@@ -212,6 +222,10 @@ class Engine:
             raise CapacityError(
                 f"{len(self.requests.by_id)} requests are in progress, at most that many run; try again later"
             )
+        if (num_own := self.requests.num_of(node_of(client))) >= self.config.max_node_requests:
+            raise CapacityError(f"{num_own} of your requests are in progress, no node may have more; wait for some")
+        if any(not 0 <= token_id < self.model.spec.vocab_size for token_id in submit.received):
+            raise ConfigError(f"received token ids must lie in [0, {self.model.spec.vocab_size}), some don't")
         prompt_ids = self.model.prompt_ids(submit)
         limit = self.model.spec.max_positions
         if len(prompt_ids) + 1 > limit:
@@ -257,8 +271,17 @@ class Engine:
     def _resume(self, request: Request, submit: Submit, client: PeerId) -> None:
         """The client came back: repeat what it hasn't got."""
         request.client, request.orphaned_at = client, None
-        for message in request.replay(len(submit.received)):
-            self._tell(client, message)
+        request.rewind(len(submit.received))
+        self._flush(request)
+
+    def _flush(self, request: Request) -> None:
+        """Tell the client what it hasn't been told, in order; `_watch` goes on where it didn't read."""
+        while request.orphaned_at is None and (message := request.untold()) is not None:
+            if not self._tell(request.client, message):
+                self._behind[request.key] = request
+                return
+            request.told(message)
+        self._behind.pop(request.key, None)
 
     def cancel(self, client: PeerId, request_id: RequestId) -> None:
         """Free everything of a client's request at once; unknown ones are fine."""
@@ -269,22 +292,23 @@ class Engine:
 
     def client_gone(self, client: PeerId) -> None:
         """Keep its answers for a while: it may come back."""
-        for request in self.requests.of_client(client):
+        for request in [*self.requests.of_client(client), *(r for r in self._behind.values() if r.client == client)]:
             request.orphaned_at = self._clock()
+            self._behind.pop(request.key, None)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        self._drop(request.sequence.sequence_id)
-        self.requests.close(request)
-        self._on_change()
-        for message in request.finish(reason):
-            self._tell(request.client, message)
+        request.finish(reason)
+        self._close(request)
 
     def _fail(self, request: Request, error: SkyNetError) -> None:
+        request.end = Failed(request_id=request.request_id, error=type(error).__name__, text=str(error))
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
         self._drop(request.sequence.sequence_id)
         self.requests.close(request)
         self._on_change()
-        request.end = Failed(request_id=request.request_id, error=type(error).__name__, text=str(error))
-        self._tell(request.client, request.end)
+        self._flush(request)
 
     def _drop(self, sequence_id: SequenceId) -> None:
         self._queue = [s for s in self._queue if s.sequence_id != sequence_id]
@@ -319,32 +343,45 @@ class Engine:
         for sequence in self._queue:
             request = self.requests.by_sequence[sequence.sequence_id]
             text = f"waiting for workers: {self.shortage}"
-            if request.notice != text:
+            if request.notice != text and self._tell(request.client, Notice(request_id=request.request_id, text=text)):
                 request.notice = text
-                self._tell(request.client, Notice(request_id=request.request_id, text=text))
 
     # -- steps
 
     async def _serve(self, replica: Replica) -> None:
-        """Run a replica's steps until it is taken out of service."""
+        """Run a replica's steps until it is taken out of service. Whatever ends that early is a fault of its epoch."""
+        step: Step | None = None
         while replica.phase is Phase.SERVING:
             replica.wake.clear()
-            async with replica.lock:
-                step = replica.scheduler.form_step(self._clock()) if replica.phase is Phase.SERVING else None
+            step = None
+            try:
+                async with replica.lock:
+                    step = replica.scheduler.form_step(self._clock()) if replica.phase is Phase.SERVING else None
+                    token_ids = await self._execute(replica, step.parts) if step is not None else ()
                 if step is not None:
-                    try:
-                        token_ids = await self._execute(replica, step.parts)
-                    except ReplicaFault as fault:
-                        await self._broken(replica, fault, step.parts)
-                        return
+                    self._apply(replica, step, token_ids)
+            except ReplicaFault as fault:
+                replica.fail(fault)
+            except Exception as exc:  # a bug of ours ends an epoch like any fault, and loudly
+                logger.exception("serving failed epoch=%s", replica.epoch)
+                replica.fail(ReplicaFault(f"the coordinator failed: {exc!r}"))
             if step is None:
                 await replica.wake.wait()
+            else:
+                await asyncio.sleep(0)  # let arrivals in between steps
+        if replica.phase is Phase.BROKEN:
+            await self._broken(replica, () if step is None else step.parts)
+
+    def _apply(self, replica: Replica, step: Step, token_ids: tuple[int, ...]) -> None:
+        for progress in replica.scheduler.apply(step, token_ids, self._clock()):
+            request = self.requests.by_sequence.get(progress.sequence_id)
+            if request is None:
                 continue
-            for progress in replica.scheduler.apply(step, token_ids, self._clock()):
-                request = self.requests.by_sequence.get(progress.sequence_id)
-                if request is not None:
-                    self._progress(request, progress.token_id, progress.finish_reason)
-            await asyncio.sleep(0)  # let arrivals in between steps
+            try:
+                self._progress(request, progress.token_id, progress.finish_reason)
+            except Exception as exc:  # a bug of ours: it ends this answer and no other
+                logger.exception("answer not told request=%s", request.request_id)
+                self._fail(request, RequestFailed(f"the coordinator couldn't go on with this answer: {exc!r}"))
 
     async def _execute(self, replica: Replica, parts: tuple[SequencePart, ...]) -> tuple[int, ...]:
         """One step; when it is late, its workers must show that they live."""
@@ -355,38 +392,49 @@ class Engine:
             while True:
                 done, _ = await asyncio.wait({running}, timeout=patience_s)
                 if done:
-                    return running.result()
+                    token_ids = running.result()
+                    if any(not 0 <= token_id < self.model.spec.vocab_size for token_id in token_ids):
+                        raise ReplicaFault(f"a step of epoch {replica.epoch} sampled ids outside the vocabulary")
+                    return token_ids
                 logger.warning("step late epoch=%s after_s=%.1f predicted_s=%.3f", replica.epoch, patience_s, predicted)
                 await self._evict_silent(replica.workers)
         finally:
             running.cancel()
 
     async def _evict_silent(self, workers: frozenset[WorkerId]) -> None:
-        """Ask workers whether they live; those that don't say so in time are lost."""
-        self._pongs = {w: asyncio.Event() for w in workers if w in self.membership.members}
-        for worker_id in self._pongs:
-            self._transport.send_control(worker_id, Ping(nonce=0))
-        waits = {asyncio.ensure_future(event.wait()) for event in self._pongs.values()}
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=self.config.ping_s)
-            for wait in late:
-                wait.cancel()
-        silent = [w for w, event in self._pongs.items() if not event.is_set()]
-        self._pongs = {}
-        for worker_id in silent:
-            self.lost(worker_id, f"didn't answer within {self.config.ping_s} s while its step was late")
+        """Ask workers whether they live; those that don't say so in time are lost. Several may ask at once."""
+        members = {w: self.membership.members[w] for w in workers if w in self.membership.members}
+        asked = {w: asyncio.Event() for w in members}
+        self._asked.append(asked)
+        asked_at = self._clock()
+        try:
+            for worker_id in asked:
+                self._transport.send_control(worker_id, Ping(nonce=0))
+            async with asyncio.timeout(self.config.ping_s):
+                for event in asked.values():
+                    await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._asked = [other for other in self._asked if other is not asked]
+        for worker_id, member in members.items():
+            is_same = self.membership.members.get(worker_id) is member  # one that joined again wasn't asked
+            if is_same and not asked[worker_id].is_set() and member.last_heard < asked_at:
+                self.lost(worker_id, f"didn't answer within {self.config.ping_s} s while its step was late")
 
-    async def _broken(self, replica: Replica, fault: ReplicaFault, parts: tuple[SequencePart, ...]) -> None:
-        """A step failed: end the epoch, find out who is gone, go on in the next one."""
-        logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
-        replica.fail(fault)
-        alive = replica.workers <= self.membership.members.keys()
+    async def _broken(self, replica: Replica, parts: tuple[SequencePart, ...]) -> None:
+        """An epoch ended before its time: find out who is gone, go on in the next one."""
+        fault = replica.fault
+        assert fault is not None or replica not in self.replicas
         self._release(replica)
-        if alive:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
+        if fault is None:
+            return  # released by somebody who knew why
+        logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
+        self._enqueue([])  # others may go on with its sequences at once
+        if not fault.is_loss:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
             await self._evict_silent(fault.suspects or replica.workers)
             if replica.workers <= self.membership.members.keys():
                 self._blame_requests(parts, fault)
-        self._enqueue([])
         self.members_changed()
 
     def _blame_requests(self, parts: tuple[SequencePart, ...], fault: ReplicaFault) -> None:
@@ -403,16 +451,19 @@ class Engine:
 
     def _progress(self, request: Request, token_id: int, reason: FinishReason | None) -> None:
         request.num_faults = 0
-        self._tell(request.client, request.take(token_id))
+        request.take(token_id)
         if request.text.is_stopped:
             reason = "stop"
-        if reason is not None:
+        if reason is None:
+            self._flush(request)
+        else:
             self._finish(request, reason)
 
     # -- planning and transitions
 
     async def _converge(self) -> None:
         """Bring replicas in line with the plan, again and again."""
+        num_failures = 0  # in a row that nobody was found to be the cause of
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -420,27 +471,51 @@ class Engine:
                 await asyncio.sleep(self.config.settle_s if not self.requests.by_id else 0)
                 self._changed.clear()
             try:
-                target = await asyncio.to_thread(self._plan_anew, self.membership.usable())
-                if await self._measure(target):
-                    target = await asyncio.to_thread(self._plan_anew, self.membership.usable())
-                await self._bring_about(target)
-                self.shortage = None
+                await self._carry_out_best_plan()
+                num_failures = 0
             except CapacityError as exc:
+                num_failures = 0
                 self._short(exc)
             except ReplicaFault as fault:
                 logger.warning("transition failed reason=%s", fault)
+                num_failures = 0 if fault.suspects else num_failures + 1
                 self._note_unfit(fault)
-                self._changed.set()
+                await self._retry_after(num_failures)
+            except Exception as exc:  # a bug of ours: what serves goes on, and everybody hears of it
+                logger.exception("planning failed")
+                num_failures += 1
+                if not self.replicas:
+                    self._short(CapacityError(f"the coordinator can't make or carry out a plan: {exc!r}"))
+                await self._retry_after(num_failures)
 
-    def _plan_anew(self, usable: Mapping[WorkerId, WorkerProfile]) -> Plan:
-        """Pure but for reading the config; runs beside the loop because a large swarm takes a second."""
+    async def _carry_out_best_plan(self) -> None:
+        target = await self._plan_anew()
+        if await self._measure(target):
+            target = await self._plan_anew()
+        await self._bring_about(target)
+        self.shortage = None
+
+    async def _retry_after(self, num_failures: int) -> None:
+        """Plan anew: at once where we learnt something, later and later where we didn't."""
+        if num_failures:
+            await asyncio.sleep(min(0.05 * 2 ** min(num_failures, 16), self.config.retry_s))
+        self._changed.set()
+
+    async def _plan_anew(self) -> Plan:
+        """The best plan for who is there; made beside the loop because a large swarm takes a second."""
+        usable = self.membership.usable()
         if not usable:
-            raise CapacityError("no worker is there")
+            unfit = [m.unfit_reason for m in self.membership.members.values() if m.unfit_reason is not None]
+            raise CapacityError(f"no worker can hold its part: {unfit[0]}" if unfit else "no worker is there")
         links = tuple(self.membership.links.values())
-        made = plan(self.model.spec, usable, links, self.config.planner, self.plan if self.replicas else None)
-        if self.config.planner.layout is not None and not made.layout_is_met and not self._has_served:
-            layout = self.config.planner.layout
-            raise CapacityError(f"layout {layout} needs {layout.num_workers} workers, {len(usable)} are there")
+        config = self.config.planner
+        made = await asyncio.to_thread(
+            plan, self.model.spec, usable, links, config, self.plan if self.replicas else None
+        )
+        if config.layout is not None and not made.layout_is_met and not self._has_served:
+            raise CapacityError(
+                f"layout {config.layout} needs {config.layout.num_workers} workers, {len(usable)} are there"
+            )
         return made
 
     async def _measure(self, target: Plan) -> bool:
@@ -469,8 +544,7 @@ class Engine:
 
     async def _bring_about(self, target: Plan) -> None:
         """Make the target plan true with the fewest changes, serving on meanwhile."""
-        for replica in [r for r in self.replicas if r.phase is Phase.BROKEN]:
-            self._release(replica)
+        self._release_broken()
         wanted = [(planned, target.replica_assignments(planned)) for planned in target.replicas]
         kept = [r for r in self.replicas if any(r.assignments == assignments for _, assignments in wanted)]
         old = [r for r in self.replicas if r not in kept]
@@ -480,13 +554,7 @@ class Engine:
                 continue
             fresh = self._make_replica(planned, assignments)
             overlapping = [r for r in old if r.workers & fresh.workers and r in self.replicas]
-            if crowded & fresh.workers:
-                for replica in overlapping:
-                    await self._retire(replica)
-            await self._make_ready(fresh, overlapping)
-            for replica in overlapping:
-                await self._retire(replica)
-            self._put_into_service(fresh)
+            await self._replace(overlapping, fresh, drops_first=bool(crowded & fresh.workers))
         for replica in old:
             await self._retire(replica)
         self.plan = target
@@ -504,26 +572,30 @@ class Engine:
             transport=self._transport,
         )
 
-    async def _make_ready(self, fresh: Replica, overlapping: list[Replica]) -> None:
-        """Load, link, and build the KV of running answers; on a fault nothing of it remains."""
-        self._preparing.append(fresh)
+    async def _replace(self, old: list[Replica], fresh: Replica, *, drops_first: bool) -> None:
+        """Load, link, and build the KV of running answers; then switch. On a fault nothing of the new one remains."""
+        self._preparing.append(fresh)  # until it is in service: whoever loses a worker of it must find it
         try:
+            for replica in old if drops_first else ():
+                await self._retire(replica)
             await self._prepare(fresh)
-            await self._warm_up(fresh, overlapping)
-        except ReplicaFault as fault:
-            fresh.fail(fault)
-            raise
+            await self._warm_up(fresh, old)
+            for replica in old:
+                if fresh.fault is None:
+                    await self._retire(replica)
+            self._put_into_service(fresh)
         finally:
             self._preparing.remove(fresh)
-            if fresh.phase is not Phase.SERVING:
-                fresh.discard()
+            if fresh not in self.replicas:
+                fresh.fail(ReplicaFault(f"epoch {fresh.epoch} was given up"))
+                self._give_back(fresh)
 
     async def _prepare(self, replica: Replica) -> None:
         """Load and link."""
         members = self.membership.members
         gone = [w for w in replica.workers if w not in members]
         if gone:
-            raise ReplicaFault(f"{', '.join(sorted(gone))} left before the plan was carried out")
+            raise ReplicaFault(f"{', '.join(sorted(gone))} left before the plan was carried out", frozenset(gone))
         peers = {w: members[w].peer_info for w in sorted(replica.workers)}
         ours = self._sources()
         others = {w: member.peer_info for w, member in members.items()}
@@ -540,28 +612,52 @@ class Engine:
         await replica.prepare(orders, self.config.silence_s)
 
     async def _warm_up(self, fresh: Replica, old: list[Replica]) -> None:
-        """Build the KV of running sequences in the new epoch, while the old one goes on between our steps."""
+        """Build the KV of running sequences in the new epoch, while the old one goes on between our steps.
+
+        It ends: the sequences are those of now, and a step builds more of them than the old epoch's step adds. When it
+        returns, the old epoch is between two steps and as much is built as there is room for.
+        """
+        known = [s for r in old for s in r.scheduler.sequences()]
+        num_growing = min(len(known), sum(r.scheduler.config.max_running for r in old))
+        max_tokens = max(self.config.warm_tokens, 2 * num_growing)
         while serving := [r for r in old if r.phase is Phase.SERVING]:
-            fresh.scheduler.warm(s for r in serving for s in r.scheduler.sequences())
-            step = fresh.scheduler.form_warm_step(self.config.warm_tokens, self._clock())
-            if step is None:
-                return
             async with contextlib.AsyncExitStack() as locks:
                 for replica in serving:  # in the order of their epochs: nobody else takes several
                     await locks.enter_async_context(replica.lock)
-                token_ids = await self._execute(fresh, step.parts)
-            fresh.scheduler.apply(step, token_ids, self._clock())
+                fresh.scheduler.warm(s for s in known if s.sequence_id in self.requests.by_sequence)
+                step = fresh.scheduler.form_warm_step(max_tokens, self._clock())
+                if step is None:
+                    return
+                try:
+                    token_ids = await self._execute(fresh, step.parts)
+                except ReplicaFault as fault:
+                    if not fault.is_loss:  # a suspect may well be alive: only silence evicts
+                        await self._evict_silent(fault.suspects or fresh.workers)
+                    raise ReplicaFault(f"building ahead: {fault}", is_loss=fault.is_loss) from fault
+                fresh.scheduler.apply(step, token_ids, self._clock())
+                if step.num_tokens < max_tokens:
+                    return  # it built all there was, and the old epoch hasn't moved since
 
     def _put_into_service(self, replica: Replica) -> None:
-        logger.info("replica serves epoch=%s layout=%s", replica.epoch, replica.plan.layout)
+        """Raises the ReplicaFault of one that broke before it came to that."""
+        if replica.fault is not None:
+            raise replica.fault
         self._lease(replica)
+        logger.info("replica serves epoch=%s layout=%s", replica.epoch, replica.plan.layout)
         self.replicas.append(replica)
         self.shortage, self._has_served = None, True
         self._on_change()
         replica.serving = asyncio.create_task(self._serve(replica), name=f"serve-{replica.epoch}")
         self._tasks.add(replica.serving)
-        replica.serving.add_done_callback(self._tasks.discard)
+        replica.serving.add_done_callback(self._has_ended)
         self._enqueue([])
+        replica.scheduler.warm(())  # what was built ahead for answers that ended or went elsewhere is of no use
+
+    def _has_ended(self, serving: asyncio.Task[None]) -> None:
+        self._tasks.discard(serving)
+        if not serving.cancelled() and (exc := serving.exception()) is not None:
+            logger.critical("serving ended by a bug task=%s", serving.get_name(), exc_info=exc)
+            self.members_changed()
 
     def _lease(self, replica: Replica) -> None:
         """A shard in service is a lease of its worker, like whatever else it will lend itself for."""
@@ -587,27 +683,36 @@ class Engine:
             replica.phase = Phase.RETIRING
         replica.wake.set()
         if replica.serving is not None:
-            await asyncio.wait({replica.serving}, timeout=self.config.hard_step_s)
+            done, _ = await asyncio.wait({replica.serving}, timeout=self.config.hard_step_s)
+            if not done:
+                replica.fail(ReplicaFault(f"epoch {replica.epoch} didn't end its last step"))
         self._release(replica)
 
     def _release(self, replica: Replica) -> None:
         """Forget a replica; its sequences go back to the queue with what they have."""
         if replica in self.replicas:
             self.replicas.remove(replica)
-            for worker_id in replica.workers:
-                self.leases.release(LeaseId(f"stage-{replica.epoch}-{worker_id}"), replica.epoch)
             self._queue.extend(replica.scheduler.evacuate())
+            self._give_back(replica)
         replica.phase = Phase.BROKEN
         replica.wake.set()
+
+    def _release_broken(self) -> None:
+        for replica in [r for r in self.replicas if r.phase is Phase.BROKEN]:
+            self._release(replica)
+
+    def _give_back(self, replica: Replica) -> None:
+        """Its workers are free of it."""
+        for worker_id in replica.workers:
+            self.leases.release(LeaseId(f"stage-{replica.epoch}-{worker_id}"), replica.epoch)
         replica.discard()
 
     def _note_unfit(self, fault: ReplicaFault) -> None:
-        for worker_id in fault.suspects:
-            member = self.membership.members.get(worker_id)
-            if member is None:
-                continue
+        if fault.is_loss:
+            return  # known already; whoever has joined again since isn't to blame
+        for worker_id in fault.suspects & self.membership.members.keys():
             if fault.is_unfit:
-                member.unfit_reason = str(fault)
+                self.membership.mark_unfit(worker_id, str(fault), self._clock(), self.config.unfit_s)
             else:
                 self.lost(worker_id, str(fault))
                 self._transport.send_control(worker_id, Evicted(reason=str(fault)))
@@ -618,8 +723,7 @@ class Engine:
             logger.warning("not enough workers reason=%s", shortage)
         self.shortage = shortage
         self._on_change()
-        for replica in [r for r in self.replicas if r.phase is Phase.BROKEN]:
-            self._release(replica)
+        self._release_broken()
         self._release_draining()
         self._enqueue([])
 
@@ -642,6 +746,10 @@ class Engine:
             now = self._clock()
             for worker_id in self.membership.expired(now):
                 self.lost(worker_id, f"no sign of life for {self.membership.lease_s} s")
+            if self.shortage is not None and self.membership.forgive(now):
+                self.members_changed()
+            for request in list(self._behind.values()):
+                self._flush(request)
             queued = {s.sequence_id for s in self._queue}
             for request in list(self.requests.by_id.values()):
                 if request.orphaned_at is not None and now - request.orphaned_at > self.config.orphan_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -11,6 +12,7 @@ from skynet.protocol.messages import Join, LoadProgress, PeerInfo
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 MAX_LINKS = 4096  # measured links we remember
+_HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z._-]+)?")  # names, IPv4, IPv6
 
 
 class WorkerState(Enum):
@@ -36,13 +38,15 @@ class Member:
     weight_bytes: int = 0  # of the shard it holds, as it reported
     kv_bytes: int = 0
     loading: LoadProgress | None = None
-    unfit_reason: str | None = None  # why it couldn't hold its shard; taken back when it rejoins
+    unfit_reason: str | None = None  # why it couldn't hold its shard; taken back when it rejoins, or by `forgive`
+    unfit_until: float = 0.0
+    num_unfit: int = 0  # how often it couldn't
     bad_chunks: int = 0  # how often a peer caught it sending bytes that don't match their hash
 
     @property
     def peer_info(self) -> PeerInfo:
         """How its peers reach it: its own addresses first, then the one we saw."""
-        hosts = tuple(dict.fromkeys((*self.join.hosts, self.seen_host)))
+        hosts = tuple(host for host in dict.fromkeys((*self.join.hosts, self.seen_host)) if _HOST.fullmatch(host))
         return PeerInfo(
             peer_id=self.worker_id,  # type: ignore[arg-type]  # a worker id is the peer id of a worker
             curve_key=self.curve_key,
@@ -98,10 +102,24 @@ class Membership:
             member.state = WorkerState.DRAINING
         return member is not None
 
+    def mark_unfit(self, worker_id: WorkerId, reason: str, now: float, retry_s: float) -> None:
+        """It couldn't hold its shard: not to be planned for, at first for `retry_s`, then for longer each time."""
+        member = self.members[worker_id]
+        member.unfit_reason = reason
+        member.num_unfit += 1
+        member.unfit_until = now + retry_s * 2 ** min(member.num_unfit - 1, 7)
+
+    def forgive(self, now: float) -> bool:
+        """Give those another chance whose time has come: disks get emptied, sources come back. True if any."""
+        pardoned = [m for m in self.members.values() if m.unfit_reason is not None and now >= m.unfit_until]
+        for member in pardoned:
+            member.unfit_reason = None
+        return bool(pardoned)
+
     def measured(self, links: Iterable[LinkProfile]) -> None:
         """Remember links that workers measured; the newest wins, the number kept is bounded."""
         for link in links:
-            if link.a in self.members and link.b in self.members:
+            if link.a < link.b and link.a in self.members and link.b in self.members:
                 self.links.pop((link.a, link.b), None)
                 self.links[link.a, link.b] = link
         while len(self.links) > MAX_LINKS:

@@ -33,10 +33,18 @@ class Transport(Protocol):
 class ReplicaFault(WorkerError):
     """A replica can't go on in this epoch. `suspects` didn't do their part, as far as is known."""
 
-    def __init__(self, reason: str, suspects: frozenset[WorkerId] = frozenset(), *, is_unfit: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        suspects: frozenset[WorkerId] = frozenset(),
+        *,
+        is_unfit: bool = False,
+        is_loss: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.suspects = suspects
         self.is_unfit = is_unfit  # the suspects said themselves that they can't hold their shard
+        self.is_loss = is_loss  # the suspects are known to be gone: nobody else need be asked or blamed
 
 
 class Phase(Enum):

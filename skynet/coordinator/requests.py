@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,8 @@ from skynet.protocol.messages import Failed, Finished, Submit, Tokens
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 MAX_FINISHED = 1024  # answers remembered for clients that come back for their end
+MAX_FINISHED_TOKENS = 1 << 18  # of all of them together, prompts included
+MAX_TOLD_AT_ONCE = 256  # tokens in one message to a client that has some to catch up with
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +30,25 @@ class Request:
     orphaned_at: float | None = None  # since when its client is gone
     notice: str | None = None  # the last one sent
     num_faults: int = 0  # steps in a row that failed without a worker being lost
-    sent: list[Tokens] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # what each token that was sampled here added
+    tail: str = ""  # what came out of the text when it ended
     end: Finished | Failed | None = None
+    num_told: int = 0  # of the answer's tokens, how many the client was sent: a prefix, never with a gap
+    is_tail_told: bool = False
+    is_end_told: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_told = self.num_before
+
+    @property
+    def num_before(self) -> int:
+        """Tokens of the answer that the client brought along: they were sampled in a coordinator's earlier life."""
+        return len(self.submit.received)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the answer so far."""
+        return self.num_before + len(self.texts)
 
     @property
     def request_id(self) -> RequestId:
@@ -40,39 +59,54 @@ class Request:
         return node_of(self.client), self.submit.request_id
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.sequence.token_ids[self.sequence.num_prompt :]
+    def num_tokens(self) -> int:
+        """Of prompt and answer: what remembering this costs."""
+        return len(self.sequence.token_ids)
 
-    def take(self, token_id: int) -> Tokens:
-        """A new token was sampled: what the client is told. Its text may be empty (held back as a possible stop)."""
-        position = len(self.output_ids) - 1
-        tokens = Tokens(
-            request_id=self.request_id, position=position, token_ids=(token_id,), text=self.text.push(token_id)
-        )
-        self.sent.append(tokens)
-        return tokens
+    def take(self, token_id: int) -> None:
+        """A new token was sampled. The text it adds may be empty (held back as a possible stop)."""
+        self.texts.append(self.text.push(token_id))
 
-    def finish(self, reason: FinishReason) -> list[Tokens | Finished]:
-        """The rest of the text and the end."""
-        rest = self.text.close()
-        num_output = len(self.output_ids)
-        end = Finished(
+    def finish(self, reason: FinishReason) -> None:
+        """The answer is complete: there is a rest of the text, perhaps, and an end."""
+        self.tail = self.text.close()
+        self.end = Finished(
             request_id=self.request_id,
             reason=reason,
             prompt_tokens=self.sequence.num_prompt,
-            completion_tokens=num_output,
+            completion_tokens=self.num_known,
         )
-        self.end = end
-        if not rest:
-            return [end]
-        self.sent.append(Tokens(request_id=self.request_id, position=num_output, token_ids=(), text=rest))
-        return [self.sent[-1], end]
 
-    def replay(self, num_received: int) -> Iterator[Tokens | Finished | Failed]:
-        """What a client that has the first `num_received` token ids hasn't got."""
-        yield from (t for t in self.sent if t.position >= num_received)
-        if self.end is not None:
-            yield self.end
+    def untold(self) -> Tokens | Finished | Failed | None:
+        """The next thing that the client hasn't been sent; None if it has everything."""
+        if self.num_told < self.num_known:
+            return self._tokens(min(self.num_known, self.num_told + MAX_TOLD_AT_ONCE))
+        if self.tail and not self.is_tail_told:
+            return Tokens(request_id=self.request_id, position=self.num_known, token_ids=(), text=self.tail)
+        return None if self.is_end_told else self.end
+
+    def _tokens(self, end: int) -> Tokens:
+        start, num_prompt = self.num_told, self.sequence.num_prompt
+        return Tokens(
+            request_id=self.request_id,
+            position=start,
+            token_ids=tuple(self.sequence.token_ids[num_prompt + start : num_prompt + end]),
+            text="".join(self.texts[start - self.num_before : end - self.num_before]),
+        )
+
+    def told(self, message: Tokens | Finished | Failed) -> None:
+        """What `untold` gave is on its way."""
+        if not isinstance(message, Tokens):
+            self.is_end_told = True
+        elif message.token_ids:
+            self.num_told = message.position + len(message.token_ids)
+        else:
+            self.is_tail_told = True
+
+    def rewind(self, num_received: int) -> None:
+        """The client came back with this many tokens: what is behind them is told again."""
+        self.num_told = max(self.num_before, min(num_received, self.num_known))
+        self.is_tail_told = self.is_end_told = False
 
 
 def end_of_answer(
@@ -98,6 +132,7 @@ class RequestTable:
     by_id: dict[tuple[str, RequestId], Request] = field(default_factory=dict)
     by_sequence: dict[SequenceId, Request] = field(default_factory=dict)
     done: OrderedDict[tuple[str, RequestId], Request] = field(default_factory=OrderedDict)
+    _done_tokens: int = 0
 
     def find(self, node: str, request_id: RequestId) -> Request | None:
         """A node's own request, running or finished; nobody else's."""
@@ -110,11 +145,18 @@ class RequestTable:
 
     def close(self, request: Request) -> None:
         """It is over, one way or another."""
-        self.by_id.pop(request.key, None)
+        if self.by_id.pop(request.key, None) is None:
+            return
         self.by_sequence.pop(request.sequence.sequence_id, None)
         self.done[request.key] = request
-        while len(self.done) > MAX_FINISHED:
-            self.done.popitem(last=False)
+        self._done_tokens += request.num_tokens
+        while len(self.done) > MAX_FINISHED or (self._done_tokens > MAX_FINISHED_TOKENS and len(self.done) > 1):
+            _, forgotten = self.done.popitem(last=False)
+            self._done_tokens -= forgotten.num_tokens
+
+    def num_of(self, node: str) -> int:
+        """How many of this node's requests are in progress."""
+        return sum(owner == node for owner, _ in self.by_id)
 
     def of_client(self, client: PeerId) -> list[Request]:
         return [r for r in self.by_id.values() if r.client == client]

@@ -1,0 +1,629 @@
+"""The engine over workers that are played: each step is answered from a KV cache that they really keep.
+
+What the engine does wrong shows as a wrong, missing or repeated token: a token is a function of all that its KV cache
+holds, cells of another epoch or another sequence included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from skynet.coordinator.engine import Engine, EngineConfig
+from skynet.coordinator.membership import Membership
+from skynet.coordinator.planner import Layout, PlannerConfig
+from skynet.coordinator.replica import Phase
+from skynet.coordinator.served import ServedModel, open_model
+from skynet.protocol.ids import PeerId, RequestId, WorkerId
+from skynet.protocol.messages import (
+    Discard,
+    Evicted,
+    Failed,
+    Finished,
+    Join,
+    Link,
+    Linked,
+    Ping,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Probe,
+    Released,
+    Submit,
+    ToClient,
+    Tokens,
+    ToWorker,
+)
+from skynet.protocol.plan import Epoch
+from skynet.protocol.profile import LinkProfile, WorkerProfile
+from skynet.protocol.steps import RunStep, SamplingParams, StepDone, StepFailed
+
+CLIENT = PeerId("a" * 26 + ".c-1")
+NUM_TOKENS = 8
+PATIENCE_S = 10.0
+Strike = Callable[["Stage"], None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return open_model("embedded", None, Path(tmp_path_factory.mktemp("cache")), None)
+
+
+@dataclass
+class Client:
+    """Gets what the engine tells, in order; it may stop reading, or go and come back."""
+
+    reads: bool = True
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    tail: str | None = None
+    end: Finished | Failed | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, message: ToClient) -> bool:
+        if not self.reads:
+            return False
+        if isinstance(message, Tokens):
+            if message.token_ids:
+                assert message.position == len(self.token_ids), "a token was repeated or is missing"
+                self.token_ids += message.token_ids
+                self.text += message.text
+            elif self.tail is None:
+                self.tail = message.text
+                self.text += message.text
+        elif isinstance(message, Finished | Failed):
+            assert self.end is None, "an answer ended twice"
+            self.end = message
+            self.ended.set()
+        return True
+
+
+@dataclass
+class Stage:
+    """Where it plays: the real engine, and workers whose every message is carried out by the event loop."""
+
+    engine: Engine
+    clients: dict[RequestId, Client] = field(default_factory=dict)
+    num_steps: int = 0
+    at_step: Callable[[int, str], None] = lambda number, moment: None
+    live: set[WorkerId] = field(default_factory=set)
+    mute: set[WorkerId] = field(default_factory=set)  # alive, but they don't answer pings
+    unfit: set[WorkerId] = field(default_factory=set)
+    released: set[WorkerId] = field(default_factory=set)
+    evicted: set[WorkerId] = field(default_factory=set)
+    held: dict[WorkerId, set[Epoch]] = field(default_factory=dict)  # shards
+    cells: dict[tuple[Epoch, int, int], int] = field(default_factory=dict)  # KV cache
+    heard: dict[tuple[Epoch, int], set[WorkerId]] = field(default_factory=dict)  # who has got a step
+
+    # -- workers
+
+    def join(self, name: str, memory_bytes: int = 1 << 30) -> WorkerId:
+        worker_id = WorkerId("w" * 26 + f".{name}")
+        profile = WorkerProfile(
+            device="cpu",
+            device_name="played",
+            threads=1,
+            memory_bytes=memory_bytes,
+            weight_bytes_per_s={"bfloat16": 1e9, "float32": 1e9},
+            matmul_flops_per_s={"bfloat16": 1e11, "float32": 1e11},
+            host_id="here",
+        )
+        if worker_id in self.engine.membership.members:
+            self.engine.lost(worker_id, "joined again")
+        join = Join(profile=profile, hosts=("127.0.0.1",), data_port=1, bulk_port=2, pid=1)
+        self.engine.membership.join(worker_id, join, b"k" * 40, "127.0.0.1", self.engine._clock())
+        self.live.add(worker_id)
+        self.held[worker_id] = set()
+        self.engine.membership.work_linked(worker_id)
+        self.engine.joined(worker_id)
+        return worker_id
+
+    def kill(self, worker_id: WorkerId) -> None:
+        self.live.discard(worker_id)
+        self.held.pop(worker_id, None)
+        self.engine.lost(worker_id, "killed")
+
+    def serving(self) -> list[WorkerId]:
+        """In the order of the stages."""
+        replica = next((r for r in self.engine.replicas if r.phase is Phase.SERVING), None)
+        return [] if replica is None else list(replica.plan.worker_ids)
+
+    def send_control(self, worker_id: WorkerId, message: ToWorker) -> bool:
+        if worker_id not in self.live:
+            return False
+        asyncio.get_running_loop().call_soon(self._on_control, worker_id, message)
+        return True
+
+    def _on_control(self, worker_id: WorkerId, message: ToWorker) -> None:
+        if worker_id not in self.live:
+            return
+        match message:
+            case Prepare() if worker_id in self.unfit:
+                self.engine.on_worker(worker_id, PrepareFailed(epoch=message.epoch, reason="disk full"))
+            case Prepare():
+                self.held[worker_id].add(message.epoch)
+                self.engine.on_worker(worker_id, Prepared(epoch=message.epoch, weight_bytes=1, kv_bytes=1))
+            case Link():
+                self.engine.on_worker(worker_id, Linked(epoch=message.epoch))
+            case Discard():
+                self.held[worker_id].discard(message.epoch)
+            case Ping() if worker_id not in self.mute:
+                self.engine.on_pong(worker_id)
+            case Probe() if message.measures:
+                pairs = [sorted((worker_id, WorkerId(p.peer_id))) for p in message.peers]
+                self.engine.measured(
+                    worker_id,
+                    [LinkProfile(a=a, b=b, round_trip_s=1e-4, bandwidth_bytes_per_s=1e9) for a, b in pairs],
+                )
+            case Released():
+                self.released.add(worker_id)
+                self.live.discard(worker_id)
+                self.held.pop(worker_id)
+            case Evicted():
+                self.evicted.add(worker_id)
+
+    def send_work(self, worker_id: WorkerId, step: RunStep) -> bool:
+        if worker_id not in self.live:
+            return False
+        heard = self.heard.setdefault((step.epoch, step.step), set())
+        heard.add(worker_id)
+        replica = next(r for r in [*self.engine.replicas, *self.engine._preparing] if r.epoch == step.epoch)
+        if heard == replica.workers:
+            self.num_steps += 1
+            number, loop = self.num_steps, asyncio.get_running_loop()
+            loop.call_soon(self.at_step, number, "sent")
+            loop.call_soon(self._run, step, replica.plan.stages[-1].worker_ids[0], replica.workers, number)
+        return True
+
+    def _run(self, step: RunStep, sampler: WorkerId, workers: frozenset[WorkerId], number: int) -> None:
+        if not all(step.epoch in self.held.get(w, ()) for w in workers):
+            return  # somebody is gone, or the epoch is over
+        done = StepDone(epoch=step.epoch, step=step.step, token_ids=tuple(self._compute(step)))
+        self.at_step(number, "run")
+        self.engine.on_step(sampler, done)
+        self.at_step(number, "answered")
+
+    def _compute(self, step: RunStep) -> list[int]:
+        block_size = self.engine.config.planner.block_size
+        sampled = []
+        for part in step.parts:
+            for position, token_id in enumerate(part.token_ids, part.start):
+                block = part.block_table[position // block_size]
+                self.cells[step.epoch, block, position % block_size] = token_id
+            if part.sample is not None:
+                end = part.start + len(part.token_ids)
+                held = [
+                    self.cells.get((step.epoch, part.block_table[p // block_size], p % block_size), -1)
+                    for p in range(end)
+                ]
+                sampled.append(300 + zlib.crc32(repr(held).encode()) % 1500)
+        return sampled
+
+    # -- clients
+
+    def ask(self, name: str, prompt: str = "Once upon a time", max_tokens: int = NUM_TOKENS) -> Client:
+        client = self.clients.setdefault(RequestId(name), Client())
+        submit = Submit(
+            request_id=RequestId(name),
+            prompt=prompt,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            sampling=SamplingParams(),
+            received=tuple(client.token_ids),
+        )
+        self.engine.submit(submit, CLIENT)
+        return client
+
+    def tell(self, _: PeerId, message: ToClient) -> bool:
+        if not isinstance(message, Tokens | Finished | Failed):
+            return True
+        return self.clients[message.request_id].take(message)
+
+    # -- afterwards
+
+    def leftovers(self) -> list[object]:
+        """Requests, sequences, blocks, leases and shards that aren't in service."""
+        engine = self.engine
+        sequences = [*engine.requests.by_id, *engine.requests.by_sequence, *engine._queue, *engine._behind]
+        transitions = [*engine._preparing, *engine._asked]
+        blocks = [
+            (r.epoch, r.scheduler.blocks.num_free)
+            for r in engine.replicas
+            if r.scheduler.num_sequences or r.scheduler.blocks.num_free < r.scheduler.blocks.num_blocks
+        ]
+        serving = {r.epoch for r in engine.replicas}
+        shards = [(w, epoch) for w, epochs in self.held.items() for epoch in epochs - serving]
+        leases = [lease for lease in engine.leases.export() if lease.epoch not in serving]
+        return [*sequences, *transitions, *blocks, *shards, *leases]
+
+    async def nothing_is_left_over(self) -> None:
+        try:
+            await until(lambda: not self.leftovers() and bool(self.serving()))
+        except TimeoutError:
+            pytest.fail(f"left over: {self.leftovers()}, serving: {self.serving()}")
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for the event loop to bring something about."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not is_so():  # noqa: ASYNC110  (of an engine that knows nothing of tests)
+            await asyncio.sleep(0)
+
+
+def play(
+    model: ServedModel, act: Callable[[Stage], Awaitable[None]], layout: str | None = "1x2", **config: float
+) -> Stage:
+    """A stage with an engine that runs; what fails in one of its tasks fails here."""
+
+    async def run() -> Stage:
+        planner = PlannerConfig(layout=Layout.parse(layout) if layout else None, min_context_tokens=256)
+        defaults = {"settle_s": 0.0, "tick_s": 0.01, "ping_s": 0.05, "probe_s": 0.5}
+        stage = Stage.__new__(Stage)
+        engine = Engine(
+            EngineConfig(planner=planner, **{**defaults, **config}),  # type: ignore[arg-type]
+            model,
+            Membership(lease_s=3600),
+            transport=stage,
+            tell=lambda client, message: stage.tell(client, message),
+            sources=lambda: (),
+            start_counter=1,
+        )
+        stage.__init__(engine)  # type: ignore[misc]
+        running = asyncio.create_task(engine.run())
+        acting: asyncio.Task[None] = asyncio.create_task(_as_coroutine(act(stage)))
+        async with asyncio.timeout(2 * PATIENCE_S):
+            await asyncio.wait({running, acting}, return_when=asyncio.FIRST_COMPLETED)
+        if acting.done():
+            acting.result()
+        else:
+            running.result()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return stage
+
+    return asyncio.run(run())
+
+
+async def _as_coroutine(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+async def start(stage: Stage, *names: str) -> None:
+    for name in names:
+        stage.join(name)
+    await until(lambda: bool(stage.serving()))
+
+
+PROMPTS = {"one": "Once upon a time", "two": "The weather " * 20, "three": "A"}
+
+
+async def answer_all(stage: Stage) -> None:
+    """Three answers at once, then a look at what is left over."""
+    for name, prompt in PROMPTS.items():
+        stage.ask(name, prompt)
+    await until(lambda: all(c.end is not None for c in stage.clients.values()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: ServedModel) -> dict[RequestId, Client]:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        await answer_all(stage)
+        await stage.nothing_is_left_over()
+
+    clients = play(model, act).clients
+    assert all(len(c.token_ids) == NUM_TOKENS for c in clients.values())
+    return clients
+
+
+def lose_first(stage: Stage) -> None:
+    stage.kill(stage.serving()[0])
+    stage.join("late")
+
+
+def lose_last(stage: Stage) -> None:
+    stage.kill(stage.serving()[-1])
+    stage.join("late")
+
+
+def lose_all(stage: Stage) -> None:
+    for worker_id in stage.serving():
+        stage.kill(worker_id)
+    stage.join("late")
+    stage.join("later")
+
+
+def leave(stage: Stage) -> None:
+    stage.join("late")
+    stage.engine.drain(stage.serving()[0])
+
+
+def join(stage: Stage) -> None:
+    stage.join("late")
+
+
+def join_again(stage: Stage) -> None:
+    """The same worker's new process, before the old one was seen to be gone."""
+    stage.join(stage.serving()[0].partition(".")[2])
+
+
+def fail_step(stage: Stage) -> None:
+    replica = stage.engine.replicas[0]
+    worker_id = stage.serving()[0]
+    failed = StepFailed(
+        epoch=replica.epoch, step=replica.step_number - 1, reason="link cut", suspect=stage.serving()[1]
+    )
+    stage.engine.on_step(worker_id, failed)
+
+
+def come_back(stage: Stage) -> None:
+    """The client's connection ends, and it submits again with what it has."""
+    stage.engine.client_gone(CLIENT)
+    for name, client in stage.clients.items():
+        if client.end is None:
+            stage.ask(name, PROMPTS[name])
+
+
+def pause_reading(stage: Stage) -> None:
+    for client in stage.clients.values():
+        client.reads = False
+
+    def read_again() -> None:
+        for client in stage.clients.values():
+            client.reads = True
+
+    asyncio.get_running_loop().call_later(0.03, read_again)
+
+
+STRIKES: tuple[Strike, ...] = (
+    lose_first, lose_last, lose_all, leave, join, join_again, fail_step, come_back, pause_reading,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", ["sent", "run", "answered"])
+@pytest.mark.parametrize("strike", STRIKES, ids=lambda s: s.__name__)
+def test_answers_are_the_same_whatever_happens_at_whichever_step(
+    model: ServedModel, undisturbed: dict[RequestId, Client], strike: Strike, moment: str
+) -> None:
+    for number in range(1, NUM_TOKENS + 1):
+
+        async def act(stage: Stage, at: int = number) -> None:
+            await start(stage, "a", "b")
+
+            def at_step(n: int, m: str) -> None:
+                if (n, m) == (at, moment) and stage.serving():
+                    strike(stage)
+
+            stage.at_step = at_step
+            await answer_all(stage)
+            await stage.nothing_is_left_over()
+
+        stage = play(model, act)
+        for name, client in stage.clients.items():
+            assert isinstance(client.end, Finished), client.end
+            assert client.token_ids == undisturbed[name].token_ids
+            assert client.text == undisturbed[name].text
+        assert not stage.evicted, "a live worker was evicted"
+
+
+def test_join_takes_over_while_answers_run(model: ServedModel) -> None:
+    """The old epoch never waits for the new one to be level, so the new one must get ahead by itself."""
+
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("long", max_tokens=1500)
+        await until(lambda: len(client.token_ids) > 5)
+        stage.engine.drain(stage.serving()[0])
+        stage.join("late")
+        await until(lambda: bool(stage.released))
+        assert client.end is None, "the worker that leaves had to wait for the answer's end"
+        stage.engine.cancel(CLIENT, RequestId("long"))
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_answers_cancelled_while_they_are_moved_leave_no_blocks(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        for number in range(6):
+            stage.ask(f"r{number}", max_tokens=200)
+        await until(lambda: stage.num_steps > 5)
+
+        def at_step(_: int, moment: str) -> None:
+            if stage.engine._preparing and moment == "sent":
+                for request in list(stage.engine.requests.by_id.values())[:1]:
+                    stage.engine.cancel(CLIENT, request.request_id)
+
+        stage.at_step = at_step
+        leave(stage)
+        await until(lambda: bool(stage.released))
+        for number in range(6):
+            stage.engine.cancel(CLIENT, RequestId(f"r{number}"))
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+@pytest.mark.parametrize("epochs_ago", [0, 1])
+def test_worker_lost_between_loading_and_the_switch_is_noticed(model: ServedModel, epochs_ago: int) -> None:
+    """The new epoch is ready and the old one has a last step to end: a loss then must not go into service."""
+
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("one", max_tokens=40)
+        await until(lambda: len(client.token_ids) > 3)
+        old = stage.engine.replicas[0]
+        leaver, stayer = stage.serving()
+        late = stage.join("late")
+        stage.engine.drain(leaver)
+
+        def at_step(_: int, moment: str) -> None:
+            if old.phase is Phase.RETIRING and late in stage.live:
+                stage.at_step = lambda number, moment: None
+                stage.kill(late if epochs_ago == 0 else stayer)
+                stage.join("spare")
+
+        stage.at_step = at_step
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_epoch_that_fails_between_two_steps_is_replaced(model: ServedModel) -> None:
+    """Nobody waits for a step's result then, and nobody joins or leaves."""
+
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        fail_step(stage)
+        client = stage.ask("one")
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        assert not stage.evicted
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_silent_suspect_is_lost_and_a_live_one_stays(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b", "c")
+        suspect = stage.serving()[1]
+        stage.mute.add(suspect)
+        fail_step(stage)
+        client = stage.ask("one")
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        assert suspect not in stage.engine.membership.members
+        assert len(stage.engine.membership.members) == 2
+
+    play(model, act)
+
+
+def test_two_who_ask_at_once_both_hear_the_answers(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        engine, both = stage.engine, frozenset(stage.serving())
+        first = asyncio.create_task(engine._evict_silent(both))
+        await asyncio.sleep(0)
+        await asyncio.gather(first, engine._evict_silent(both))
+        assert set(engine.membership.members) == both
+
+    play(model, act)
+
+
+def test_bug_while_serving_ends_an_epoch_and_not_the_service(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        scheduler = stage.engine.replicas[0].scheduler
+        monkeypatch.setattr(scheduler, "form_step", lambda now: 1 / 0)
+        client = stage.ask("one")
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+
+    play(model, act)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_bug_while_planning_is_loud_and_tried_again(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        with monkeypatch.context() as patched:
+            patched.setattr("skynet.coordinator.engine.plan", lambda *args: 1 / 0)
+            stage.join("c")
+            await until(lambda: "planning failed" in caplog.text)
+            client = stage.ask("one")
+            await until(lambda: client.end is not None)
+        stage.kill(stage.serving()[0])
+        await until(lambda: len(stage.serving()) == 2)
+
+    play(model, act)
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**40, 1_000_000])
+def test_received_ids_outside_the_vocabulary_are_refused(model: ServedModel, token_id: int) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.clients.setdefault(RequestId("bad"), Client(token_ids=[token_id]))
+        stage.ask("bad")
+        assert isinstance(client.end, Failed)
+        assert client.end.error == "ConfigError"
+
+    play(model, act)
+
+
+def test_one_node_cannot_take_every_place(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        clients = [stage.ask(f"r{number}") for number in range(4)]
+        assert [type(c.end) for c in clients] == [type(None)] * 3 + [Failed]
+
+    play(model, act, max_node_requests=3)
+
+
+def test_worker_that_could_not_load_gets_another_chance_when_it_is_needed(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        stage.unfit.add(stage.join("a"))
+        stage.join("b")
+        client = stage.ask("one")
+        await until(lambda: stage.engine.shortage is not None and "1 are there" in str(stage.engine.shortage))
+        stage.unfit.clear()
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+
+    play(model, act, layout="2x1", unfit_s=0.05)
+
+
+def test_client_that_comes_back_for_an_answer_that_ended_gets_all_of_it(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("one")
+        await until(lambda: len(client.token_ids) == 3)
+        stage.engine.client_gone(CLIENT)
+        await until(lambda: not stage.engine.requests.by_id)
+        assert not client.ended.is_set()
+        stage.ask("one")
+        assert isinstance(client.end, Finished)
+        assert len(client.token_ids) == NUM_TOKENS
+
+    play(model, act)
+
+
+def test_client_that_does_not_read_is_told_in_order_when_it_reads_again(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("one")
+        await until(lambda: len(client.token_ids) == 3)
+        client.reads = False
+        await until(lambda: not stage.engine.requests.by_id)
+        assert not client.ended.is_set()
+        client.reads = True
+        await client.ended.wait()
+        assert len(client.token_ids) == NUM_TOKENS
+        assert not stage.engine._behind
+
+    play(model, act)
+
+
+def test_what_is_remembered_of_finished_answers_is_bounded(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skynet.coordinator.requests.MAX_FINISHED_TOKENS", 60)
+
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        for number in range(20):
+            client = stage.ask(f"r{number}")
+            await until(lambda c=client: c.end is not None)  # type: ignore[misc]
+        assert sum(r.num_tokens for r in stage.engine.requests.done.values()) <= 60
+
+    play(model, act)
