@@ -23,7 +23,7 @@ from skynet.coordinator.served import ServedModel, open_model
 from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.store import Mode, Store, Via, Visitor
-from skynet.errors import ConfigError, ProtocolError, SkyNetError
+from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError
 from skynet.protocol.addresses import listen_addresses, local_interfaces
 from skynet.protocol.admission import AdmissionListener
 from skynet.protocol.control import Switchboard
@@ -77,6 +77,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STATUS_WAIT_S = 5.0
+ABSENT_S = 60.0  # an admitted process that has no control link for this long must be admitted again
 MAX_STATUS_WAITERS = 256
 
 
@@ -143,6 +144,7 @@ class _Admitted:
     role: Role
     curve_key: bytes
     seen_host: str
+    last_linked: float  # when it had a control link for the last time that we looked
 
 
 @dataclass(slots=True)
@@ -256,6 +258,7 @@ class CoordinatorServer:
                 tasks.create_task(self.sharing.run(), name="sharing")
                 tasks.create_task(self.administration.run(), name="administration")
                 tasks.create_task(self._answer_status(), name="status")
+                tasks.create_task(self._forget_absent_again_and_again(), name="forget-absent")
                 self._greet()
         finally:
             await advertiser.stop()
@@ -300,7 +303,7 @@ class CoordinatorServer:
         """Open our sockets to this process's key."""
         domains = {"control", "work", "bulk", RELAY_DOMAIN} if decision.role is Role.WORKER else {"control"}
         self.factory.allow(curve_key, decision.peer_id, domains)
-        self._admitted[decision.peer_id] = _Admitted(decision.role, curve_key, decision.source)
+        self._admitted[decision.peer_id] = _Admitted(decision.role, curve_key, decision.source, _now())
         logger.info("admitted peer=%s role=%s source=%s", decision.peer_id, decision.role, decision.source)
 
     def cut_off(self, node_id: str, reason: str) -> int:
@@ -312,6 +315,22 @@ class CoordinatorServer:
             self.factory.deny(peer)
             self._gone(peer, reason)
         return len(gone)
+
+    async def _forget_absent_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(ABSENT_S / 4)
+            self.forget_absent(_now())
+
+    def forget_absent(self, now: float) -> None:
+        """Close our sockets to processes that are gone: every client is a new one, and each had a key of its own."""
+        patience_s = max(ABSENT_S, 4 * self.config.lease_s)  # an idle client says something each lease
+        for peer, admitted in list(self._admitted.items()):
+            if self.control.connection_of(peer) is not None:
+                admitted.last_linked = now
+            elif now - admitted.last_linked > patience_s:
+                logger.info("forgotten peer=%s role=%s", peer, admitted.role)
+                del self._admitted[peer]
+                self.factory.forget(peer)
 
     # -- messages in
 
@@ -329,6 +348,12 @@ class CoordinatorServer:
                 self.tell(peer, Failed(request_id=request_id, error=type(exc).__name__, text=str(exc)))
             elif isinstance(exc, ProtocolError):
                 self.control.send(peer, Evicted(reason=str(exc)))
+        except Exception as exc:  # a bug of ours that one peer's message shows: the others are served on
+            logger.exception("message not handled peer=%s kind=%s", peer, message.kind)
+            request_id = getattr(message, "request_id", None)
+            if request_id is not None:
+                text = f"the coordinator failed at this: {exc!r}"
+                self.tell(peer, Failed(request_id=request_id, error="RequestFailed", text=text))
 
     def _dispatch(self, peer: PeerId, admitted: _Admitted, message: ToCoordinator) -> None:
         worker_id = WorkerId(peer)
@@ -374,6 +399,8 @@ class CoordinatorServer:
                 assert_never(message)
 
     def _join(self, worker_id: WorkerId, admitted: _Admitted, join: Join) -> None:
+        if not (0 < join.data_port < 65536 and 0 < join.bulk_port < 65536):
+            raise MalformedMessage(f"worker {worker_id}: ports {join.data_port} and {join.bulk_port} can't be reached")
         if worker_id in self.membership.members:
             self.engine.lost(worker_id, "joined again")
         self.membership.join(worker_id, join, admitted.curve_key, admitted.seen_host, _now())

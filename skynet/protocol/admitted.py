@@ -69,11 +69,16 @@ class PeerRegistry:
 
     def deny(self, peer_id: PeerId) -> None:
         """Withdraw the peer's key and cut its live connections. Unknown peers are fine."""
+        self.forget(peer_id)
+        self._removed(peer_id)
+
+    def forget(self, peer_id: PeerId) -> None:
+        """Withdraw the key of a peer that has no connection any more: nobody is cut. Unknown peers are fine."""
         with self._lock:
+            self._suspended.pop(peer_id, None)
             former = self._by_id.pop(peer_id, None)
             if former is not None:
                 del self._by_raw_key[raw_curve_key(former.curve_key)]
-        self._removed(peer_id)
 
     def suspend(self, peer_id: PeerId, until: float) -> None:
         """Refuse this peer's handshakes until that moment of the monotonic clock: it flooded us."""

@@ -215,6 +215,10 @@ class SocketFactory:
         """Withdraw the peer's key, drop its queued frames and cut its live connections at once."""
         self.registry.deny(peer_id)
 
+    def forget(self, peer_id: PeerId) -> None:
+        """Withdraw the key of a peer that has no connection any more."""
+        self.registry.forget(peer_id)
+
     def shared_secret(self, peer_public_key: bytes) -> bytes:
         """X25519 of our CURVE key and a peer's: 32 bytes that only the two can compute. Raises ValueError."""
         ours = X25519PrivateKey.from_private_bytes(raw_curve_key(self._secret_key))
