@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -117,32 +118,50 @@ class CompletionStream:
     finished: Finished | None = None
     token_times: list[float] = field(default_factory=list)  # when each token came, in seconds from the start
     _tail_sent: bool = False
+    _asked_again_at: int | None = None  # how many tokens there were when a gap made us ask for the rest
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         started = time.perf_counter()
+        is_over = False  # for the coordinator too: there is nothing to cancel
         try:
-            async for message in self.swarm.stream(self.request_id, self._submit):
-                match message:
-                    case Tokens():
-                        fresh = self._fresh(message)
-                        if fresh is not None:
-                            self.token_times += [time.perf_counter() - started] * len(fresh.token_ids)
-                            yield fresh
-                    case Notice():
-                        yield Event(notice=message.text)
-                    case Finished():
-                        self.finished = message
-                        return
+            # Closed before anything is cancelled: both listen under the same request id.
+            async with contextlib.aclosing(self.swarm.stream(self.request_id, self._submit)) as messages:
+                async for message in messages:
+                    match message:
+                        case Tokens():
+                            fresh = self._fresh(message)
+                            if fresh is not None:
+                                self.token_times += [time.perf_counter() - started] * len(fresh.token_ids)
+                                yield fresh
+                            elif message.position > len(self.token_ids):
+                                await self._mend_gap()
+                        case Notice():
+                            yield Event(notice=message.text)
+                        case Finished(completion_tokens=count) if count > len(self.token_ids):
+                            await self._mend_gap()
+                        case Finished():
+                            self.finished, is_over = message, True
+                            return
+        except SkyNetError:
+            is_over = True
+            raise
         finally:
-            if self.finished is None:
+            if not is_over:
                 await self.swarm.cancel(self.request_id)
+
+    async def _mend_gap(self) -> None:
+        """Tokens are missing: ask for what follows those that are there, once for each gap."""
+        if self._asked_again_at != len(self.token_ids):
+            self._asked_again_at = len(self.token_ids)
+            logger.info("tokens missing, asking again request=%s received=%d", self.request_id, len(self.token_ids))
+            await self.swarm.submit(self._submit())
 
     def _submit(self) -> Submit:
         return self.completion.submit(self.request_id, tuple(self.token_ids))
 
     def _fresh(self, message: Tokens) -> Event | None:
-        """What of a message is new: after a reconnect some may come twice."""
-        if message.token_ids and message.position != len(self.token_ids):
+        """What of a message is new: after a reconnect some may come twice, and some be missing before it."""
+        if message.position != len(self.token_ids):
             return None
         if not message.token_ids:
             if self._tail_sent:
@@ -226,7 +245,7 @@ class Swarm:
         except TimeoutError:
             logger.debug("cancel not confirmed request=%s", request_id)
         finally:
-            self._inboxes.pop(request_id, None)
+            self._close(request_id, inbox)
 
     async def _ask(self, message: GetStatus | GetProfiles | AdminMessage) -> dict[str, Any]:
         inbox = self._open(message.request_id)
@@ -250,13 +269,18 @@ class Swarm:
         except TimeoutError as exc:
             raise errors.WorkerTimeout(f"the coordinator didn't answer within {ANSWER_S:.0f} s") from exc
         finally:
-            self._inboxes.pop(message.request_id, None)
+            self._close(message.request_id, inbox)
 
-    async def stream(self, request_id: RequestId, submit: Any) -> AsyncIterator[Tokens | Notice | Finished]:
-        """Messages of one request; after a loss of the coordinator it is submitted again with what was received."""
+    async def stream(
+        self, request_id: RequestId, submit: Callable[[], Submit]
+    ) -> AsyncGenerator[Tokens | Notice | Finished, None]:
+        """Messages of one request; after a loss of the coordinator it is submitted again with what was received.
+
+        `submit` makes the request of what was received by then. The caller closes this when it has what it wants.
+        """
         inbox = self._open(request_id)
         try:
-            await self._send_submit(submit())
+            await self.submit(submit())
             while True:
                 message = await inbox.get()
                 match message:
@@ -266,14 +290,16 @@ class Swarm:
                         yield message
                     case Finished():
                         yield message
-                        return
+                    case _Behind():
+                        await self.submit(submit())
                     case LinkLost():
                         yield Notice(request_id=request_id, text="the coordinator went away; waiting for it")
-                        await self._send_submit(submit())
+                        await self.submit(submit())
         finally:
-            self._inboxes.pop(request_id, None)
+            self._close(request_id, inbox)
 
-    async def _send_submit(self, message: Submit) -> None:
+    async def submit(self, message: Submit) -> None:
+        """Send a request, or one again to get what follows the ids in it; waits for the coordinator to be there."""
         try:
             async with asyncio.timeout(self._config.return_s):
                 await self._connected.wait()
@@ -295,6 +321,10 @@ class Swarm:
         self._inboxes[request_id] = inbox
         return inbox
 
+    def _close(self, request_id: RequestId, inbox: asyncio.Queue[ToClient | LinkLost]) -> None:
+        if self._inboxes.get(request_id) is inbox:
+            del self._inboxes[request_id]
+
     # -- the connection
 
     async def _connect(self, find_s: float) -> None:
@@ -310,7 +340,19 @@ class Swarm:
         self._connected.set()
 
     async def _run(self) -> None:
-        """Deliver messages; when the link is lost, connect again for a while."""
+        """Deliver messages; when the link is lost, connect again for a while. Whoever waits finds how it ended."""
+        try:
+            await self._stay_connected()
+        except Exception as exc:
+            logger.exception("the client failed")
+            self._failure = RequestFailed(f"the client failed: {exc!r}")
+        finally:
+            self._failure = self._failure or RequestFailed("the client was closed")
+            self._connected.set()
+            for inbox in self._inboxes.values():
+                _put(inbox, LinkLost("the client ended"))
+
+    async def _stay_connected(self) -> None:
         while self._failure is None:
             assert self._link is not None
             try:
@@ -320,10 +362,9 @@ class Swarm:
                 self._connected.clear()
                 await self._link.close()
                 for inbox in self._inboxes.values():
-                    inbox.put_nowait(lost)
+                    _put(inbox, lost)
             if self._failure is None:
                 await self._reconnect()
-        self._connected.set()  # whoever waits finds the failure
 
     async def _reconnect(self) -> None:
         """Enter again; what can't be mended by waiting becomes `_failure`."""
@@ -351,8 +392,20 @@ class Swarm:
                 raise LinkLost(message.reason)
             case _:
                 inbox = self._inboxes.get(message.request_id)
-                if inbox is not None and not inbox.full():
-                    inbox.put_nowait(message)
+                if inbox is not None:
+                    _put(inbox, _Behind() if inbox.full() else message)
+
+
+class _Behind(LinkLost):
+    """So much came that wasn't read that it was thrown away: ask again for what follows the last that was read."""
+
+
+def _put(inbox: asyncio.Queue[ToClient | LinkLost], item: ToClient | LinkLost) -> None:
+    """What must be read now; a full backlog gives way to it."""
+    if inbox.full():
+        while not inbox.empty():
+            inbox.get_nowait()
+    inbox.put_nowait(item)
 
 
 def as_error(failed: Failed) -> SkyNetError:

@@ -1,0 +1,161 @@
+"""The client and the coordinator's server in one process, over real sockets; no workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from skynet.client.swarm import ClientConfig, Completion, Swarm, _put
+from skynet.coordinator.planner import PlannerConfig
+from skynet.coordinator.served import open_model
+from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer
+from skynet.errors import RequestFailed, SkyNetError
+from skynet.protocol.control import LinkLost
+from skynet.protocol.ids import PeerId, RequestId
+from skynet.protocol.messages import Finished, Notice, Submit, ToClient, Tokens
+
+Act = Callable[[CoordinatorServer, ClientConfig], Awaitable[None]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[[Act], None]:
+    """Run something beside a coordinator."""
+    model = open_model("embedded", None, tmp_path / "cache", None)
+
+    async def run(act: Act) -> None:
+        config = CoordinatorConfig(
+            port=0, bind=("127.0.0.1",), mdns=False, config_dir=tmp_path / "config", cache_dir=tmp_path / "cache"
+        )
+        server = CoordinatorServer(config, PlannerConfig(), model)
+        running = asyncio.create_task(server.run())
+        try:
+            async with asyncio.timeout(20):
+                await asyncio.sleep(0)
+                client = ClientConfig(
+                    coordinator=f"127.0.0.1:{server.listener.port}", config_dir=tmp_path / "client", find_s=5
+                )
+                await act(server, client)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await server.close()
+
+    return lambda act: asyncio.run(run(act))
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():  # noqa: ASYNC110  (its deadline is the play's)
+        await asyncio.sleep(0.005)
+
+
+def clients_of(server: CoordinatorServer) -> list[PeerId]:
+    return [peer for peer in server._admitted if ".c-" in peer]
+
+
+def test_client_that_is_gone_is_forgotten_and_one_that_is_there_stays(play: Callable[[Act], None]) -> None:
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as stays:
+            await stays.status()
+            async with Swarm(config) as goes:
+                await goes.status()
+                assert len(clients_of(server)) == 2
+            [stayed] = [peer for peer in clients_of(server) if peer.endswith(stays._suffix)]
+            [gone] = [peer for peer in clients_of(server) if peer != stayed]
+            await until(lambda: server.control.connection_of(gone) is None)
+            now = asyncio.get_running_loop().time()
+            server.forget_absent(now + 3600)
+            assert clients_of(server) == [stayed]
+            assert server.factory.registry.key_of(gone) is None
+            await stays.status()
+
+    play(act)
+
+
+def test_bug_that_one_client_meets_disturbs_no_other(
+    play: Callable[[Act], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(submit: Submit, client: PeerId) -> None:
+        raise OverflowError("out of range")
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as unlucky, Swarm(config) as other:
+            monkeypatch.setattr(server.engine, "submit", fail)
+            with pytest.raises(RequestFailed, match="out of range"):
+                async for _ in unlucky.complete(Completion(prompt="hello")):
+                    pass
+            await other.status()
+
+    play(act)
+
+
+def test_client_asks_again_when_tokens_are_missing(play: Callable[[Act], None]) -> None:
+    """Also when what is missing is the end of the answer."""
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        submits: list[tuple[int, ...]] = []
+
+        def answer(submit: Submit, client: PeerId) -> None:
+            submits.append(submit.received)
+            told = [(5, "a"), (6, "b"), (7, "c")]
+            kept = {1: [0], 2: [1]}.get(len(submits), [0, 1, 2])  # which tokens arrive
+            for position, (token_id, text) in enumerate(told):
+                if position >= len(submit.received) and position in kept:
+                    server.tell(
+                        client,
+                        Tokens(request_id=submit.request_id, position=position, token_ids=(token_id,), text=text),
+                    )
+            end = Finished(request_id=submit.request_id, reason="length", prompt_tokens=1, completion_tokens=3)
+            server.tell(client, end)
+
+        server.engine.submit = answer  # type: ignore[method-assign]
+        async with Swarm(config) as swarm:
+            stream = swarm.complete(Completion(prompt="hello", max_tokens=3))
+            async for _ in stream:
+                pass
+            assert stream.text == "abc"
+            assert stream.token_ids == [5, 6, 7]
+            assert submits == [(), (5,), (5, 6)]
+
+    play(act)
+
+
+def test_reader_that_leaves_early_waits_for_no_timeout(play: Callable[[Act], None]) -> None:
+    """The cancelled request's confirmation reaches who waits for it."""
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as swarm:
+            events = aiter(swarm.complete(Completion(prompt="hello")))
+            event = await anext(events)
+            assert event.notice is not None
+            started = asyncio.get_running_loop().time()
+            await events.aclose()  # type: ignore[attr-defined]
+            assert asyncio.get_running_loop().time() - started < 0.9
+            assert not server.engine.requests.by_id
+            assert not swarm._inboxes
+
+    play(act)
+
+
+def test_request_that_failed_is_not_cancelled(play: Callable[[Act], None]) -> None:
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as swarm:
+            started = asyncio.get_running_loop().time()
+            with pytest.raises(SkyNetError, match="not another"):
+                async for _ in swarm.complete(Completion(prompt="hello", model="another")):
+                    pass
+            assert asyncio.get_running_loop().time() - started < 0.9
+
+    play(act)
+
+
+def test_full_backlog_gives_way_to_what_must_be_read() -> None:
+    inbox: asyncio.Queue[ToClient | LinkLost] = asyncio.Queue(2)
+    for _ in range(2):
+        inbox.put_nowait(Notice(request_id=RequestId("r"), text="x"))
+    lost = LinkLost("gone")
+    _put(inbox, lost)
+    assert inbox.get_nowait() is lost
+    assert inbox.empty()
