@@ -177,12 +177,6 @@ def test_a_known_name_with_another_key_is_another_swarm(world: World) -> None:
     assert world.swarm.status(laptop, "--swarm", theirs)["fingerprint"] == theirs, "asked for by its key it is entered"
 
 
-def test_without_mdns_the_coordinator_is_named_by_hand(world: World) -> None:
-    world.run_these({("coordinator", "box"): ("--no-mdns",), ("worker", "left"): world.by_hand})
-    assert world.swarm.run(world.host("laptop"), "status").code == 4
-    assert_answers(world.swarm.run(world.host("laptop"), *INFER, *world.by_hand))
-
-
 def test_three_commands_without_options_find_each_other_on_a_machine_without_network(world: World) -> None:
     lone = world.host("lone", world.network.lone_host)
     world.run_these({("coordinator", "lone"): (), ("worker", "lone"): ()})
@@ -204,14 +198,6 @@ def assert_answers_alike(world: World, text: str | None = None) -> None:
     text = assert_answers(world.swarm.run(world.host("laptop"), *INFER)) if text is None else text
     world.text = world.text or text
     assert text == world.text
-
-
-def hide(world: World, *names: str) -> None:
-    """Make hosts behind routers of their own."""
-    if reason(nat=True):
-        pytest.skip(f"{reason(nat=True)}")
-    for name in names:
-        world.host(name, world.network.host_behind_nat)
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["2x1", pytest.param("1x2", marks=pytest.mark.long)])
@@ -275,29 +261,13 @@ def test_a_host_that_loses_its_network_is_replaced_and_comes_back_by_itself(worl
     assert_answers_alike(world)
 
 
-@LAYOUTS
-def test_a_worker_behind_nat_is_linked_directly_with_one_that_it_can_reach(world: World, layout: str) -> None:
-    hide(world, "cellar")
-    world.serve(layout, {"left": (), "cellar": world.by_hand})
-    assert_relayed(world)
-    assert_answers_alike(world)
-
-
-@LAYOUTS
-def test_workers_behind_two_nats_are_relayed(world: World, layout: str) -> None:
-    hide(world, "cellar", "attic")
-    world.serve(layout, {"attic": world.by_hand, "cellar": world.by_hand})
-    assert_relayed(world, "attic", "cellar")
-    assert_answers_alike(world)
-
-
 # -- slow links
 
 
 @pytest.fixture
 def slow_right(world: World) -> Iterator[World]:
-    """20 Mbit/s to and from this host, before anything is measured."""
-    world.run_these({})
+    """20 Mbit/s to and from this host; the coordinator of before is gone, with what it knew of links."""
+    world.run_these({role: arguments for role, arguments in world.roles.items() if role[0] == "worker"})
     world.host("right").limit(2_500_000)
     yield world
     world.host("right").unlimit()
@@ -316,7 +286,43 @@ def test_a_near_worker_that_joins_takes_the_place_of_a_far_one(slow_right: World
     coordinator = slow_right.serve("2x1", {"left": (), "right": ()})
     seen = len(coordinator.lines)
     slow_right.swarm.start_worker(slow_right.host("tower"))
+    slow_right.roles["worker", "tower"] = ()
     coordinator.wait_for("worker joined", 60, seen)
     coordinator.wait_for("replica serves .*layout=2x1", 15, seen)
     assert slow_right.swarm.serving(slow_right.swarm.status(slow_right.host("box"))) == [{"left", "tower"}]
     assert_answers_alike(slow_right)
+
+
+# -- behind routers
+
+
+def hide(world: World, *names: str) -> None:
+    """Make hosts behind routers of their own."""
+    if reason(nat=True):
+        pytest.skip(f"{reason(nat=True)}")
+    for name in names:
+        world.host(name, world.network.host_behind_nat)
+
+
+@LAYOUTS
+def test_a_worker_behind_nat_is_linked_directly_with_one_that_it_can_reach(world: World, layout: str) -> None:
+    hide(world, "cellar")
+    world.serve(layout, {"left": (), "cellar": world.by_hand})
+    assert_relayed(world)
+    assert_answers_alike(world)
+
+
+@LAYOUTS
+def test_workers_behind_two_nats_are_relayed(world: World, layout: str) -> None:
+    hide(world, "cellar", "attic")
+    world.serve(layout, {"attic": world.by_hand, "cellar": world.by_hand})
+    assert_relayed(world, "attic", "cellar")
+    assert_answers_alike(world)
+
+
+def test_without_mdns_the_coordinator_is_named_by_hand(world: World) -> None:
+    make = world.network.host if reason(nat=True) else world.network.host_behind_nat
+    world.host("cellar", make)
+    world.run_these({("coordinator", "box"): ("--no-mdns",), ("worker", "cellar"): world.by_hand})
+    assert world.swarm.run(world.host("laptop"), "status").code == 4
+    assert_answers(world.swarm.run(world.host("laptop"), *INFER, *world.by_hand))
