@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -430,7 +431,7 @@ class CoordinatorServer:
 
     def _from_guard(self, peer: PeerId, connection: int) -> None:
         """A connection ended; called in the guard's thread."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._disconnected, peer, connection)
 
     def _disconnected(self, peer: PeerId, connection: int) -> None:

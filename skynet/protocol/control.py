@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
@@ -55,6 +56,11 @@ class ControlLink(Generic[M]):
         link = cls(used.asynchronous(port), kinds, 2 * ticket.welcome.lease_s, own)
         link._lost = lost
         return link
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither closed nor lost, as far as we know."""
+        return not self._is_closed and not self._lost.is_set()
 
     def send(self, message: Any) -> None:
         """Queue a message; if the coordinator is gone it is dropped, and `receive` says so."""
@@ -149,5 +155,5 @@ class Switchboard(Generic[M]):
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """Run this on the loop; from a thread that may outlive it."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # closed
         loop.call_soon_threadsafe(call)

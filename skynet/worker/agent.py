@@ -28,6 +28,7 @@ from skynet.errors import (
     ProtocolError,
     SkyNetError,
     VersionMismatch,
+    WorkerError,
 )
 from skynet.models.manifest import ChunkRef
 from skynet.models.store.store import Progress, StoreConfig
@@ -166,7 +167,7 @@ class Agent:
     def interrupt(self, running: asyncio.Task[None]) -> None:
         """First Ctrl-C: take leave. Second: exit at once."""
         self._interrupts += 1
-        if self._interrupts == 1 and self._link is not None:
+        if self._interrupts == 1 and self._link is not None and self._link.is_open:
             logger.info("leaving: moving work elsewhere; press Ctrl-C again to exit at once")
             self._link.send(Leaving())
         else:
@@ -225,7 +226,10 @@ class Agent:
         beating = asyncio.create_task(self._beat(), name="heartbeat")
         try:
             while not self._is_released:
-                self._on_message(await self._link.receive())
+                message = await self._link.receive()
+                if beating.done():
+                    beating.result()
+                self._on_message(message)
         finally:
             beating.cancel()
             for epoch in list(self._loads):
@@ -248,6 +252,8 @@ class Agent:
         process = psutil.Process()
         while True:
             assert self._link is not None
+            if not self._compute.is_alive:
+                raise WorkerError("the compute thread ended, its log says why; start this worker again")
             self._link.send(
                 Heartbeat(memory_used_bytes=process.memory_info().rss, steps_done=self._compute.stats.steps_done)
             )
@@ -330,10 +336,11 @@ class Agent:
                 await self._sharing.use_sources([self._reachable(peer) for peer in order.sources])
                 self._loader.keep_only([o for o, _ in self._loads.values()])
                 stage = await asyncio.to_thread(self._loader.load, order, cancel, on_progress)
-        except (SkyNetError, OSError, RuntimeError, MemoryError) as exc:
+        except Exception as exc:  # whatever it is: unsaid, the coordinator would wait for us
             if order.epoch in self._loads:
-                logger.error("shard not loaded epoch=%s reason=%s", order.epoch, exc)
-                self._send(PrepareFailed(epoch=order.epoch, reason=str(exc)[:1000]))
+                logger.error("shard not loaded epoch=%s reason=%s", order.epoch, exc, exc_info=not _is_foreseen(exc))
+                reason = str(exc) if _is_foreseen(exc) else repr(exc)
+                self._send(PrepareFailed(epoch=order.epoch, reason=reason[:1000]))
             return
         finally:
             self._bars.end(order.epoch)
@@ -410,6 +417,10 @@ def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[st
             os.close(descriptor)
         return
     raise DiscoveryError("a thousand workers run here already")
+
+
+def _is_foreseen(exc: Exception) -> bool:
+    return isinstance(exc, SkyNetError | OSError)
 
 
 def bindable(hosts: Sequence[str]) -> tuple[str, ...]:

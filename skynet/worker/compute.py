@@ -17,7 +17,7 @@ from typing import Final
 import torch
 import zmq
 
-from skynet.errors import ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError, WorkerLost
+from skynet.errors import ConfigError, ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError, WorkerLost
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.ids import PeerId, WorkerId
@@ -161,7 +161,8 @@ class ComputeThread:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; twice is fine."""
         if self._thread.is_alive():
-            self._aborted |= set(self._epochs)
+            for epoch in list(self._epochs):
+                self.abort(epoch)
             self.order(Stop())
             self._thread.join(timeout_s)
 
@@ -207,6 +208,8 @@ class ComputeThread:
                 self._carry_out(order)
             except SkyNetError as exc:
                 logger.warning("order failed order=%s reason=%s", type(order).__name__, exc)
+            except Exception:  # a bug of ours, or a library's surprise: this thread must outlive it
+                logger.exception("order failed order=%s", type(order).__name__)
         self._confirm_aborts()
         try:
             sockets = [self._work.socket] if self._work is not None else []
@@ -270,7 +273,7 @@ class ComputeThread:
                 addresses = [(host, peer.data_port) for host in peer.hosts]
                 self._linked.add(peer.peer_id)
                 self._open_channel.connect(peer.peer_id, peer.curve_key, addresses, deadline)
-            except WorkerError as exc:
+            except (WorkerError, ConfigError) as exc:  # ConfigError: an address that can't be one
                 logger.warning("peer unreachable peer=%s reason=%s", peer.peer_id, exc)
                 unreachable.append(peer.peer_id)
             else:
@@ -283,7 +286,10 @@ class ComputeThread:
         channel = self._open_channel
         for peer in order.peers:
             self._linked.add(peer.peer_id)
-            channel.dial(peer.peer_id, peer.curve_key, [(host, peer.data_port) for host in peer.hosts])
+            try:
+                channel.dial(peer.peer_id, peer.curve_key, [(host, peer.data_port) for host in peer.hosts])
+            except ConfigError as exc:  # an address that can't be one
+                logger.warning("peer unreachable peer=%s reason=%s", peer.peer_id, exc)
         if not order.measures:
             return
         deadline = time.monotonic() + MEASURE_S
@@ -308,9 +314,10 @@ class ComputeThread:
         self._report(ProbeReport(links=tuple(links)))
 
     def _drop(self, epoch: Epoch) -> None:
-        if self._epochs.pop(epoch, None) is None:
+        is_held = self._epochs.pop(epoch, None) is not None
+        self._open_channel.retire(epoch)  # also one that never got here: it may have been aborted
+        if not is_held:
             return
-        self._open_channel.retire(epoch)
         needed = {
             PeerId(w) for held in self._epochs.values() for stage in held.install.assignment.stages for w in stage
         }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from skynet.errors import SkyNetError
 from skynet.models.manifest import ChunkRef, Manifest, ManifestDigest
 from skynet.models.store.links import LoopLink, PeerLink, fetch_manifest
 from skynet.models.store.peers import PeerChunks
@@ -65,13 +66,16 @@ class ChunkSharing:
 
     async def use_sources(self, peers: Sequence[PeerInfo]) -> None:
         """From whom chunks may be had now; links to others are closed."""
-        wanted = {peer.peer_id: peer for peer in peers if peer.bulk_port}
+        wanted = {peer.peer_id: peer for peer in peers if peer.bulk_port and peer.hosts}
         for peer_id, source in list(self._sources.items()):
             if wanted.get(peer_id) != source.info:
                 await self._disconnect(peer_id)
         for peer_id, info in wanted.items():
             if peer_id not in self._sources:
-                self._connect(info)
+                try:
+                    self._connect(info)
+                except SkyNetError as exc:  # another node's impossible address mustn't fail our load
+                    logger.warning("source left out peer=%s reason=%s", peer_id, exc)
 
     def _connect(self, info: PeerInfo) -> None:
         host = info.hosts[0]
