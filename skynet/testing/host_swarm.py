@@ -15,7 +15,7 @@ from typing import Any, Self
 from skynet.testing.hosts import Host
 from skynet.testing.processes import NodeProcess, popen
 
-COMMAND_S = 40.0
+COMMAND_S = 90.0  # on a busy machine; idle, a command takes about one second
 POLL_S = 0.2  # between two questions for the status
 
 
