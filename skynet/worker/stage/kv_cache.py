@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +83,14 @@ class KvCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since what a mask hides must still be finite. On the CPU pages cost nothing until they are written:
+    """Zeros, since what a mask hides must still be finite. On the CPU pages cost nothing until they are written.
 
-    numpy asks the kernel for zeroed pages, where torch.zeros writes every one of them.
+    torch.zeros writes every page. And the kernel's huge pages would give each head of each layer 2 MiB for its first
+    position: 900 MB for a cache of 64 MB, measured on the benchmark model with one sequence of 560 tokens.
     """
     if device.type != "cpu" or 0 in shape:  # a rank may hold no heads
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
