@@ -117,16 +117,16 @@ def worker(
     log_level: Verbosity = "info",
 ) -> None:
     set_up_logging(log_level)
-    from skynet.errors import ConfigError
-    from skynet.worker.agent import WorkerConfig, serve
+    memory_bytes = parse_size(memory)
+    if gpu is not None and device is not None:
+        raise typer.BadParameter("--gpu and --device both name a device; give one of them")
+    from skynet.worker.agent import WorkerConfig, serve  # imports torch, which takes a second
 
     try:
-        if gpu is not None and device is not None:
-            raise ConfigError("--gpu and --device both name a device; give one of them")
         config = WorkerConfig(
             device=f"cuda:{gpu}" if gpu is not None else device,
             threads=threads,
-            memory_bytes=parse_size(memory),
+            memory_bytes=memory_bytes,
             name=name,
             coordinator=coordinator or coordinator_from_environment(),
             swarm=swarm,

@@ -60,6 +60,13 @@ Serve = Callable[..., LocalSwarm]
 _running: list[LocalSwarm] = []
 
 
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Starting many processes on a busy machine takes its time."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(300))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failed test shows what the processes said."""
@@ -74,7 +81,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 @pytest.fixture(scope="session")
 def workers() -> Iterator[LocalSwarm]:
     """Real processes that live as long as the session."""
-    config = LocalSwarmConfig(layout="2x1", dtype="float32", num_workers=NUM_WORKERS)
+    config = LocalSwarmConfig(layout="2x1", dtype="float32", num_workers=NUM_WORKERS, start_timeout_s=240)
     with LocalSwarm(config) as swarm:
         _running.append(swarm)
         yield swarm
@@ -85,8 +92,10 @@ def workers() -> Iterator[LocalSwarm]:
 def serve(workers: LocalSwarm) -> Serve:
     """Has the session's workers serve with these settings (of LocalSwarmConfig); nothing happens if they do already."""
 
+    base = workers.config
+
     def served(**settings: object) -> LocalSwarm:
-        wanted = replace(LocalSwarmConfig(dtype="float32", num_workers=NUM_WORKERS), **settings)  # type: ignore[arg-type]
+        wanted = replace(base, **settings)  # type: ignore[arg-type]
         if workers.config != wanted:
             workers.serve(wanted)
         return workers

@@ -184,9 +184,9 @@ def test_status_shows_every_column(swarm: LocalSwarm, user: User) -> None:
         assert worker["memory_used_bytes"] > 0
         assert worker["layers"] == "0-5"
         assert re.fullmatch(r"rank [12]/2, \d heads", worker["share"])
-        assert worker["link_ms"] > 0
         assert worker["tokens_per_s"] >= 0
         assert worker["loading"] is None
+    assert any(worker["link_ms"] for worker in facts["workers"])  # those that a plan was interested in
     table = user.run("status").stdout
     for column in ("worker", "device", "memory", "holds", "share", "link", "tokens/s", "state"):
         assert column in table

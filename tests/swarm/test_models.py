@@ -179,11 +179,9 @@ def test_a_coordinator_refuses_wrong_options_by_name(options: tuple[str, ...], n
     [
         (("--device", "tpu"), 2, "tpu"),
         (("--device", "cpu", "--gpu", "0"), 2, "--gpu"),
-        (("--device", "mps"), 2, "--experimental"),
         (("--memory", "lots"), 2, "lots"),
         (("--memory", "1KiB"), 2, "--memory"),
         (("--threads", "0"), 2, "--threads"),
-        (("--invite", "skynet-invite-nonsense"), 2, "invite"),
         (("--name", "a/b"), 2, "--name"),
         (("--coordinator", "127.0.0.1:9"), 4, "127.0.0.1 port 9"),
     ],
