@@ -60,7 +60,7 @@ class EngineConfig:
     step_floor_s: float = 2.0  # a step may always take this long before its ranks are asked whether they live
     step_slack: float = 8.0  # and this many times what the plan predicts
     hard_step_s: float = 120.0  # however slow the machines are, a step ends by then
-    ping_s: float = 1.0  # a worker that doesn't answer within this, when a step is late, is lost
+    ping_s: float = 3.0  # a worker that doesn't answer within this, when a step is late, is lost
     max_faults: int = 4  # a request whose steps fail this often in a row, with no worker lost, ends with an error
     max_probes: int = 64  # links measured before one plan
     probe_s: float = 3.0  # how long to wait for measurements
