@@ -36,12 +36,13 @@ def register(app: typer.Typer) -> None:
 
 def _ask(message: AdminMessage, as_json: bool, coordinator: str | None, swarm: str | None, invite: str | None) -> None:
     """Send one command as an admin and print the answer."""
-    from skynet.client.admin import command
+    from skynet.client.admin import command, has_own_coordinator
     from skynet.client.swarm import ClientConfig
 
-    config = ClientConfig(
-        coordinator=coordinator or coordinator_from_environment(), swarm=swarm, invite=invite, config_dir=config_dir()
-    )
+    # On the coordinator's own machine its Unix socket comes before an address that is meant for other commands.
+    if coordinator is None and not has_own_coordinator(config_dir()):
+        coordinator = coordinator_from_environment()
+    config = ClientConfig(coordinator=coordinator, swarm=swarm, invite=invite, config_dir=config_dir())
     try:
         answer = run_async(command(message, config))
     except Exception as exc:

@@ -17,6 +17,11 @@ from skynet.protocol.roles import Role
 ANSWER_S: Final = 10.0
 
 
+def has_own_coordinator(config_dir: Path) -> bool:
+    """Whether a coordinator that keeps its keys here listens for admins."""
+    return socket_path(config_dir).exists()
+
+
 async def command(message: AdminMessage, config: ClientConfig) -> dict[str, Any]:
     """Carry out one command. Raises what the coordinator answers, or DiscoveryError if there is none."""
     path = socket_path(config.config_dir)
