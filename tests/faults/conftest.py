@@ -53,9 +53,11 @@ class Patient:
     def heal(self) -> None:
         """Bring back as many workers as the layout has, and wait until they all serve."""
         for name, node in list(self.swarm.workers.items()):
+            node.resume()
+            if node.is_interrupted:  # it leaves, and may take a moment
+                node.wait(30)
             if not node.is_running:
                 del self.swarm.workers[name]
-            node.resume()
         while len(self.swarm.workers) < self.swarm.num_workers:
             self.swarm.start_worker()
         while len(self.swarm.workers) > self.swarm.num_workers:
