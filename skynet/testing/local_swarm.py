@@ -145,7 +145,8 @@ class LocalSwarm:
 
     @property
     def client_config(self) -> ClientConfig:
-        return ClientConfig(coordinator=f"127.0.0.1:{self.port}", config_dir=self.directory / "config")
+        address, keys = f"127.0.0.1:{self.port}", self.directory / "config"
+        return ClientConfig(coordinator=address, config_dir=keys, find_s=30)  # all of it starts at once, on few cores
 
     def run(self, work: Callable[[Swarm], Coroutine[Any, Any, T]], timeout_s: float = 120.0) -> T:
         """Run asynchronous client code against the swarm from synchronous code."""

@@ -55,6 +55,6 @@ def test_a_restarted_coordinator_finds_its_workers_and_the_answer_goes_on(patien
         patient.swarm.coordinator.kill()
         patient.swarm.start_coordinator()
 
+    before = {worker["id"]: worker["pid"] for worker in patient.swarm.status()["workers"]}
     patient.assert_undisturbed(patient.answer({30: restart}))
-    for worker in patient.swarm.workers.values():
-        worker.wait_for("shard reused", 30)
+    assert {worker["id"]: worker["pid"] for worker in patient.swarm.status()["workers"]} == before

@@ -178,7 +178,7 @@ def test_a_transfer_goes_on_where_the_connection_broke() -> None:
                         link.server_sockets.guard.cut(CLIENT)  # the TCP connection, for real
                     offsets.append(len(got))
             assert got == DATA
-            assert len(shelf.asked) == 3  # asked again after each cut, and not from the start:
+            assert len(shelf.asked) >= 3  # asked again after each cut (and each silence), and not from the start:
             assert offsets == sorted(offsets)
             await until(lambda: shelf.num_open == 0)
 
