@@ -10,12 +10,9 @@ held. Where the kernel doesn't tell (not Linux) the bound isn't enforced, and `G
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import socket as sockets
 import stat
-import struct
 import sys
 import threading
 import time
@@ -29,11 +26,10 @@ from zmq.utils.monitor import parse_monitor_message
 
 from skynet.protocol.admitted import PeerRegistry
 from skynet.protocol.ids import PeerId
+from skynet.protocol.tcp import TcpConnection, bytes_received, host_of, shut_down
 
 logger = logging.getLogger(__name__)
 
-_BYTES_RECEIVED: Final = struct.Struct("=Q")  # struct tcp_info, Linux 4.1 on
-_BYTES_RECEIVED_OFFSET: Final = 128
 _REFUSALS: Final = frozenset(
     {zmq.Event.HANDSHAKE_FAILED_AUTH, zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL}
 )
@@ -68,17 +64,6 @@ class Credit:
     num_bytes: int = 0
 
 
-@dataclass(slots=True)
-class _Connection:
-    """Held by the guard thread. The inode tells this TCP socket from a later one with the same descriptor."""
-
-    fd: int
-    inode: int
-    is_accepted: bool
-    host: str = ""
-    is_cut: bool = False
-
-
 @dataclass(slots=True, eq=False)
 class Watch:
     """One watched socket. `credits` belongs to the socket's thread, the rest to the guard's."""
@@ -90,7 +75,7 @@ class Watch:
     on_refused: Callable[[], None] | None = None  # libzmq doesn't try again after this; called in the guard's thread
     on_disconnected: Callable[[PeerId, int], None] | None = None  # peer and connection; in the guard's thread
     credits: dict[int, Credit] = field(default_factory=dict)  # by fd
-    connections: dict[int, _Connection] = field(default_factory=dict)
+    connections: dict[int, TcpConnection] = field(default_factory=dict)
 
     def delivered(self, fd: int, peer_id: PeerId, wire_bytes: int) -> None:
         """The application read this much from the connection. Called by the socket's thread for each message."""
@@ -98,70 +83,6 @@ class Watch:
         if credit is None or credit.peer_id != peer_id:
             credit = self.credits[fd] = Credit(peer_id)
         credit.num_bytes += wire_bytes
-
-
-def _bytes_received(connection: _Connection) -> int | None:
-    """The kernel's count, None if the descriptor is no longer this connection."""
-    with _duplicate(connection) as duplicate:
-        if duplicate is None:
-            return None
-        try:
-            info = duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256)
-        except OSError:
-            return None
-    if len(info) < _BYTES_RECEIVED_OFFSET + 8:
-        return None
-    count: int = _BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_OFFSET)[0]
-    return count
-
-
-class _duplicate:  # noqa: N801  (reads as a function)
-    """The connection's TCP socket under a descriptor of our own, or None if libzmq closed it meanwhile."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-        self._socket: sockets.socket | None = None
-
-    def __enter__(self) -> sockets.socket | None:
-        try:
-            fd = os.dup(self._connection.fd)
-        except OSError:
-            return None
-        seen = os.fstat(fd)
-        if seen.st_ino != self._connection.inode or not stat.S_ISSOCK(seen.st_mode):  # closed, the number used again
-            os.close(fd)
-            return None
-        duplicate = sockets.socket(fileno=fd)
-        if duplicate.family not in (sockets.AF_INET, sockets.AF_INET6):
-            duplicate.close()
-            return None
-        self._socket = duplicate
-        return duplicate
-
-    def __exit__(self, *_: object) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-
-def _shut_down(connection: _Connection) -> None:
-    with _duplicate(connection) as duplicate:
-        if duplicate is None:
-            return
-        try:
-            duplicate.shutdown(sockets.SHUT_RDWR)
-        except OSError as exc:
-            if exc.errno != errno.ENOTCONN:  # it ended by itself
-                raise
-
-
-def _host_of(connection: _Connection) -> str:
-    with _duplicate(connection) as duplicate:
-        if duplicate is None:
-            return ""
-        try:
-            return str(duplicate.getpeername()[0])
-        except OSError:
-            return ""
 
 
 class GuardThread:
@@ -277,8 +198,8 @@ class GuardThread:
                 return  # already closed; its DISCONNECTED follows
             if not stat.S_ISSOCK(seen.st_mode):
                 return  # closed, and the number used again for a file
-            connection = _Connection(value, seen.st_ino, is_accepted=event == zmq.Event.ACCEPTED)
-            connection.host = _host_of(connection)
+            connection = TcpConnection(value, seen.st_ino, is_accepted=event == zmq.Event.ACCEPTED)
+            connection.host = host_of(connection)
             watch.connections[value] = connection
             if connection.is_accepted and self._is_crowded(watch, connection.host):
                 logger.info("too many silent connections domain=%s host=%s, one refused", watch.domain, connection.host)
@@ -308,7 +229,7 @@ class GuardThread:
                 num_connections += 1
                 credit = watch.credits.get(fd)
                 delivered = 0 if credit is None else credit.num_bytes
-                received = _bytes_received(connection)
+                received = bytes_received(connection)
                 is_stranger = credit is None and connection.is_accepted
                 has_stranger |= is_stranger
                 bound = self._config.max_unidentified_bytes if is_stranger else self._config.max_undelivered_bytes
@@ -318,7 +239,7 @@ class GuardThread:
         return max(interval, num_connections * _SECONDS_PER_CONNECTION)
 
     def _overflow(
-        self, watch: Watch, connection: _Connection, credit: Credit | None, undelivered: int, now: float
+        self, watch: Watch, connection: TcpConnection, credit: Credit | None, undelivered: int, now: float
     ) -> None:
         peer_id = watch.peer_id if credit is None else credit.peer_id
         level = logging.INFO if peer_id is None else logging.WARNING  # strangers don't fill the log
@@ -335,8 +256,8 @@ class GuardThread:
                 if owner == peer_id or owner is None:
                     self._shut(connection)
 
-    def _shut(self, connection: _Connection) -> None:
+    def _shut(self, connection: TcpConnection) -> None:
         if not connection.is_cut:
             connection.is_cut = True
             self._num_cut += 1
-            _shut_down(connection)
+            shut_down(connection)

@@ -11,7 +11,8 @@ import pytest
 import zmq
 
 from skynet.protocol.admitted import PeerRegistry
-from skynet.protocol.guard import GuardConfig, GuardThread, Watch, _bytes_received, _Connection, _host_of, _shut_down
+from skynet.protocol.guard import GuardConfig, GuardThread, Watch
+from skynet.protocol.tcp import TcpConnection, bytes_received, host_of, shut_down
 
 
 @pytest.fixture(params=["file", "unix socket"])
@@ -27,10 +28,10 @@ def reused(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 
 
 def test_a_number_used_again_for_something_else_is_left_alone(reused: int) -> None:
-    connection = _Connection(reused, os.fstat(reused).st_ino, is_accepted=True)
-    assert _bytes_received(connection) is None
-    assert _host_of(connection) == ""
-    _shut_down(connection)
+    connection = TcpConnection(reused, os.fstat(reused).st_ino, is_accepted=True)
+    assert bytes_received(connection) is None
+    assert host_of(connection) == ""
+    shut_down(connection)
     os.write(reused, b"still open")
 
 
@@ -41,6 +42,6 @@ def test_a_file_is_never_shut_down_nor_watched(tmp_path: Path) -> None:
         watch = Watch("control", monitor, None)
         guard._event(watch, int(zmq.Event.ACCEPTED), file.fileno())
         assert not watch.connections
-        _shut_down(_Connection(file.fileno(), os.fstat(file.fileno()).st_ino, is_accepted=True))
+        shut_down(TcpConnection(file.fileno(), os.fstat(file.fileno()).st_ino, is_accepted=True))
         for made in (wake, woken, monitor):
             made.close()
