@@ -21,6 +21,7 @@ from skynet.coordinator.membership import Membership, WorkerState
 from skynet.coordinator.planner import Plan, PlannerConfig, ReplicaPlan, plan
 from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
 from skynet.coordinator.requests import FinishReason, Request, RequestTable, end_of_answer, node_of
+from skynet.coordinator.returning import Returned, absent, plan_in_force, without_cache
 from skynet.coordinator.scheduler import Scheduler, SchedulerConfig, Sequence, Step
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.text import AnswerText
@@ -65,6 +66,7 @@ class EngineConfig:
     max_probes: int = 64  # links measured before one plan
     probe_s: float = 3.0  # how long to wait for measurements
     warm_tokens: int = 64  # of running answers that one step builds in a new epoch, while the old one waits
+    reunion_s: float = 5.0  # after a restart, workers that served together are waited for this long
     settle_s: float = 0.25  # workers that start together join together: wait this long before the first plan
     tick_s: float = 0.25  # how often leases and deadlines are looked at
     silence_s: float = 30.0  # loading without progress for this long is a fault
@@ -469,6 +471,7 @@ class Engine:
             self._changed.clear()
             if not self.replicas:
                 await asyncio.sleep(self.config.settle_s if not self.requests.by_id else 0)
+                await self._reunite()
                 self._changed.clear()
             try:
                 await self._carry_out_best_plan()
@@ -487,6 +490,33 @@ class Engine:
                 if not self.replicas:
                     self._short(CapacityError(f"the coordinator can't make or carry out a plan: {exc!r}"))
                 await self._retry_after(num_failures)
+
+    async def _reunite(self) -> None:
+        """After a restart: give those who served together the time to come back, so that nothing need move."""
+        if self.plan is not None or self._has_served:
+            return
+        try:
+            async with asyncio.timeout(self.config.reunion_s):
+                while missing := absent(self._returned(), self.model.ref.digest):
+                    logger.info("waiting for workers that served together missing=%d", len(missing))
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            logger.info("workers that served together don't come back")
+
+    def _returned(self) -> dict[WorkerId, Returned]:
+        """Usable workers that still hold what an earlier coordinator gave them."""
+        members = self.membership.members
+        joins = {worker_id: members[worker_id].join for worker_id in self.membership.usable()}
+        return {w: Returned(join.held, join.profile.memory_bytes) for w, join in joins.items() if join.held is not None}
+
+    def _held_plan(self) -> Plan | None:
+        """What workers hold: what serves, or the weights that are left of it."""
+        if self.replicas:
+            return self.plan
+        held = self.plan or plan_in_force(self.model.spec, self.model.ref.digest, self.config.planner, self._returned())
+        memory_bytes = {w: profile.memory_bytes for w, profile in self.membership.usable().items()}
+        return None if held is None else without_cache(held, memory_bytes)
 
     async def _carry_out_best_plan(self) -> None:
         target = await self._plan_anew()
@@ -509,9 +539,7 @@ class Engine:
             raise CapacityError(f"no worker can hold its part: {unfit[0]}" if unfit else "no worker is there")
         links = tuple(self.membership.links.values())
         config = self.config.planner
-        made = await asyncio.to_thread(
-            plan, self.model.spec, usable, links, config, self.plan if self.replicas else None
-        )
+        made = await asyncio.to_thread(plan, self.model.spec, usable, links, config, self._held_plan())
         if config.layout is not None and not made.layout_is_met and not self._has_served:
             raise CapacityError(
                 f"layout {config.layout} needs {config.layout.num_workers} workers, {len(usable)} are there"

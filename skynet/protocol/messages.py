@@ -41,6 +41,18 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldShard:
+    """A shard that a worker served last and still has in memory, so that a new coordinator needn't move it."""
+
+    epoch: Epoch  # of the coordinator that gave it: shards of one replica have the same
+    digest: str  # of the model's manifest
+    assignment: StageAssignment
+
+    def __post_init__(self) -> None:
+        check_size("digest", self.digest, MAX_NAME_CHARS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
     """Worker -> coordinator, first on its control link: "this is what I am, and where peers reach me"."""
 
@@ -50,6 +62,7 @@ class Join:
     data_port: int
     bulk_port: int
     pid: int
+    held: HeldShard | None = None  # by a worker that comes back
 
     def __post_init__(self) -> None:
         if not 0 < len(self.hosts) <= 16:

@@ -45,6 +45,7 @@ from skynet.protocol.messages import (
     Discard,
     Evicted,
     Heartbeat,
+    HeldShard,
     Join,
     Joined,
     Leaving,
@@ -59,7 +60,7 @@ from skynet.protocol.messages import (
     Released,
     ToWorker,
 )
-from skynet.protocol.plan import Epoch
+from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.roles import Role
 from skynet.protocol.sockets import SocketFactory
 from skynet.worker.compute import Attach, ComputeThread, Drop, Install, LinkUp, MeasureLinks, Report
@@ -130,6 +131,7 @@ class Agent:
         self._compute = ComputeThread(self._factory, bindable(self._hosts), self._device, config.threads, self._report)
         self._link: ControlLink[ToWorker] | None = None
         self._loads: dict[Epoch, tuple[Prepare, threading.Event]] = {}
+        self._held: HeldShard | None = None  # what served last, as long as its weights are in memory
         self._loading = asyncio.Lock()
         self._bars = LoadBars(config.show_progress)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,6 +247,7 @@ class Agent:
                 data_port=self._data_port,
                 bulk_port=self._sharing.port,
                 pid=os.getpid(),
+                held=self._held,
             )
         )
 
@@ -267,11 +270,13 @@ class Agent:
             case Prepare():
                 self._prepare(message)
             case Link():
-                self._compute.order(LinkUp(message.epoch))
+                self._link_up(message.epoch)
             case Abort():
                 self._compute.abort(message.epoch)
             case Discard():
                 self._discard(message.epoch)
+                if self._held is not None and self._held.epoch == message.epoch:
+                    self._held = None  # the coordinator wants it no more
             case Probe():
                 self._allow(message.peers)
                 self._compute.order(MeasureLinks(message.peers, message.measures, WorkerId(self._worker_id)))
@@ -309,6 +314,13 @@ class Agent:
         self._loads[order.epoch] = (order, cancel)
         self._spawn(self._load(order, cancel), f"load-{order.epoch}")
 
+    def _link_up(self, epoch: Epoch) -> None:
+        """Everyone has loaded: from now on this is what we hold."""
+        if epoch in self._loads:
+            order = self._loads[epoch][0]
+            self._held = HeldShard(epoch=epoch, digest=order.model.digest, assignment=order.assignment)
+        self._compute.order(LinkUp(epoch))
+
     def _allow(self, peers: Sequence[PeerInfo]) -> None:
         """Let peers open our sockets: the plan names their keys."""
         for peer in peers:
@@ -334,7 +346,7 @@ class Agent:
                 if order.replaces is not None:
                     self._discard(order.replaces)
                 await self._sharing.use_sources([self._reachable(peer) for peer in order.sources])
-                self._loader.keep_only([o for o, _ in self._loads.values()])
+                self._keep_only([o for o, _ in self._loads.values()])
                 stage = await asyncio.to_thread(self._loader.load, order, cancel, on_progress)
         except Exception as exc:  # whatever it is: unsaid, the coordinator would wait for us
             if order.epoch in self._loads:
@@ -352,6 +364,15 @@ class Agent:
             len(order.assignment.group), stage.weight_bytes / 2**20, time.monotonic() - started,
         )  # fmt: skip
         self._compute.order(Install(order.epoch, order.assignment, stage, order.peers))
+
+    def _keep_only(self, orders: Sequence[Prepare]) -> None:
+        """Forget weights that none of these orders needs."""
+        self._loader.keep_only(orders)
+        held = self._held
+        if held is not None and not any(
+            order.model.digest == held.digest and is_same_shard(order.assignment, held.assignment) for order in orders
+        ):
+            self._held = None
 
     def _reachable(self, peer: PeerInfo) -> PeerInfo:
         """The coordinator is asked at the address where we found it; others at their first."""
@@ -417,6 +438,11 @@ def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[st
             os.close(descriptor)
         return
     raise DiscoveryError("a thousand workers run here already")
+
+
+def is_same_shard(a: StageAssignment, b: StageAssignment) -> bool:
+    """Whether both have the same weights."""
+    return (a.layers, a.num_layers, a.share, a.dtype) == (b.layers, b.num_layers, b.share, b.dtype)
 
 
 def _is_foreseen(exc: Exception) -> bool:

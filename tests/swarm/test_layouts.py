@@ -53,3 +53,21 @@ def test_half_precision_answers_in_readable_text(dtype: str, serve: Serve, embed
     num_equal = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), NUM_TOKENS)
     assert num_equal >= 4  # then rounding may choose another of two nearly equal tokens
     assert ids == answer(swarm)
+
+
+def test_a_restarted_coordinator_leaves_every_shard_where_it_is(serve: Serve) -> None:
+    """Six workers could hold 2x2 in many ways; those who do have their weights in memory and go on with them."""
+    swarm = serve(layout="2x2")
+    before = swarm.wait_serving(num_workers=4)
+    holders = [worker_id for stage in before["replicas"][0]["stages"] for worker_id in stage["workers"]]
+    assert swarm.coordinator is not None
+    seen = {name: len(node.lines) for name, node in swarm.workers.items()}
+    swarm.coordinator.kill()
+    swarm.start_coordinator()
+    after = swarm.wait_serving(num_workers=4)
+    assert [r["stages"] for r in after["replicas"]] == [r["stages"] for r in before["replicas"]]
+    shares = [{w["id"]: (w["pid"], w["share"], w["kv_bytes"]) for w in facts["workers"]} for facts in (before, after)]
+    for worker_id in holders:
+        assert shares[0][worker_id] == shares[1][worker_id]
+        name = worker_id.partition(".")[2]
+        swarm.workers[name].wait_for("shard reused", 5, seen[name])  # its weights: nothing is read or fetched

@@ -25,6 +25,7 @@ from skynet.protocol.messages import (
     Evicted,
     Failed,
     Finished,
+    HeldShard,
     Join,
     Link,
     Linked,
@@ -102,7 +103,7 @@ class Stage:
 
     # -- workers
 
-    def join(self, name: str, memory_bytes: int = 1 << 30) -> WorkerId:
+    def join(self, name: str, memory_bytes: int = 1 << 30, held: HeldShard | None = None) -> WorkerId:
         worker_id = WorkerId("w" * 26 + f".{name}")
         profile = WorkerProfile(
             device="cpu",
@@ -115,7 +116,7 @@ class Stage:
         )
         if worker_id in self.engine.membership.members:
             self.engine.lost(worker_id, "joined again")
-        join = Join(profile=profile, hosts=("127.0.0.1",), data_port=1, bulk_port=2, pid=1)
+        join = Join(profile=profile, hosts=("127.0.0.1",), data_port=1, bulk_port=2, pid=1, held=held)
         self.engine.membership.join(worker_id, join, b"k" * 40, "127.0.0.1", self.engine._clock())
         self.live.add(worker_id)
         self.held[worker_id] = set()
@@ -409,6 +410,66 @@ def test_answers_are_the_same_whatever_happens_at_whichever_step(
             assert client.token_ids == undisturbed[name].token_ids
             assert client.text == undisturbed[name].text
         assert not stage.evicted, "a live worker was evicted"
+
+
+def shards_of(stage: Stage) -> dict[str, HeldShard]:
+    """What the workers in service would tell another coordinator, by name."""
+    (replica,) = stage.engine.replicas
+    digest = stage.engine.model.ref.digest
+    return {
+        w.partition(".")[2]: HeldShard(epoch=replica.epoch, digest=digest, assignment=assignment)
+        for w, assignment in replica.assignments.items()
+    }
+
+
+def test_restarted_coordinator_waits_for_those_who_served_and_leaves_everything_where_it_was(
+    model: ServedModel,
+) -> None:
+    held: dict[str, HeldShard] = {}
+
+    async def before(stage: Stage) -> None:
+        await start(stage, "y", "z")
+        held.update(shards_of(stage))
+
+    play(model, before)
+    assert set(held) == {"y", "z"}
+
+    async def after(stage: Stage) -> None:
+        client = stage.ask("one")
+        for name in ("a", "b", "z"):
+            stage.join(name, held=held.get(name))
+        await asyncio.sleep(0.05)  # nothing happens: there is no event to wait for
+        assert not stage.engine.replicas
+        stage.join("y", held=held["y"])
+        await until(lambda: client.end is not None)
+        assert shards_of(stage).keys() == held.keys()
+        assert all(shards_of(stage)[name].assignment == shard.assignment for name, shard in held.items())
+
+    play(model, after)
+
+
+def test_those_who_served_and_do_not_come_back_are_not_waited_for_long(model: ServedModel) -> None:
+    held: dict[str, HeldShard] = {}
+
+    async def before(stage: Stage) -> None:
+        await start(stage, "y", "z")
+        held.update(shards_of(stage))
+
+    play(model, before)
+
+    async def after(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        stage.join("z", held=held["z"])
+        assert stage.serving()
+
+    play(model, after)
+
+    async def alone(stage: Stage) -> None:
+        stage.join("z", held=held["z"])
+        stage.join("a")
+        await until(lambda: bool(stage.serving()))
+
+    play(model, alone, reunion_s=0.05)
 
 
 def test_join_takes_over_while_answers_run(model: ServedModel) -> None:
