@@ -31,6 +31,6 @@ def hub_small_files(hub: Hub, model: HubModel, cache_dir: Path) -> Path:
             write_atomically(path, data)
         except OSError as exc:
             raise WeightError(
-                f"{path}: can't be written: {exc.strerror}; free space or choose another --cache-dir"
+                f"{path}: can't be written: {exc.strerror}; free space or name another directory in SKYNET_CACHE_DIR"
             ) from exc
     return directory

@@ -16,6 +16,7 @@ import torch
 from skynet.errors import ModelError
 from skynet.models.embedded import EMBEDDED_DIR, EMBEDDED_NAME
 from skynet.models.manifest import Manifest, ManifestDigest
+from skynet.models.shard_reads import shard_reads
 from skynet.models.store.sources import ChunkSource
 from skynet.models.store.store import Progress, StoreConfig, WeightStore
 from skynet.models.store.swarm_source import SwarmSource
@@ -80,12 +81,15 @@ class Loader:
         self._sharing.offer(manifest, local)
         remote = self._remote(order.model)
         with (
-            WeightStore(manifest, self._store, local=local, remote=remote, on_progress=on_progress) as store,
+            WeightStore(manifest, self._store, local=local, remote=remote) as store,
             cancelled_by(cancel, store),
         ):
             if model is None:
                 model = self._models[order.model.digest] = _Model(manifest, _config_of(store, manifest))
-            stage = load_stage(model.config, order.assignment, SwarmSource(store), self._device)
+            source = SwarmSource(store)
+            source.announce(shard_reads(model.config, order.assignment, source.names()))
+            store.report_to(on_progress)
+            stage = load_stage(model.config, order.assignment, source, self._device)
         # Weights alone: the cache belongs to its epoch and must go with it.
         self._held[key] = stage.with_fresh_cache(dataclasses.replace(order.assignment, num_blocks=1))
         return stage

@@ -112,10 +112,11 @@ class ChunkCache:
         if exc.errno in _NO_SPACE:
             return WeightError(
                 f"{path}: no space for a chunk of {num_bytes} bytes ({exc.strerror}); free space on that disk, or "
-                "choose another directory with --cache-dir"
+                "name another directory in SKYNET_CACHE_DIR"
             )
         return WeightError(
-            f"{path}: can't be written: {exc.strerror}; check its permissions or choose another --cache-dir"
+            f"{path}: can't be written: {exc.strerror}; check its permissions or name another directory in "
+            "SKYNET_CACHE_DIR"
         )
 
     def trim(self, keep: bytes = b"") -> CacheStats:

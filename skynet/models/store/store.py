@@ -58,7 +58,6 @@ class WeightStore:
         *,
         local: Sequence[Path] = (),
         remote: Sequence[ChunkSource] = (),
-        on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.cache = ChunkCache(config.cache_dir / "chunks", config.max_cache_bytes)
@@ -66,7 +65,7 @@ class WeightStore:
         index = HashIndex(config.cache_dir / "hashes")
         self._local = [LocalCopy(directory, index) for directory in local]
         self._remote = tuple(remote)
-        self._on_progress = on_progress
+        self._on_progress: Callable[[Progress], None] | None = None
         self._cancel = threading.Event()
         self._lock = threading.Condition()
         self._fetches: dict[bytes, Future[None]] = {}
@@ -98,7 +97,8 @@ class WeightStore:
             self._await(self._start(chunk))
         path = self.cache.path(chunk.digest)
         raise WeightError(
-            f"{path}: fetched {_MAX_ATTEMPTS} times, never readable; check that disk or choose another --cache-dir"
+            f"{path}: fetched {_MAX_ATTEMPTS} times, never readable; check that disk or name another directory in "
+            "SKYNET_CACHE_DIR"
         )
 
     def map_read(self, task: Callable[[ChunkRef], None], chunks: Iterable[ChunkRef]) -> None:
@@ -131,7 +131,8 @@ class WeightStore:
                     write_atomically(path, data)
             except OSError as exc:
                 raise WeightError(
-                    f"{path}: can't be written: {exc.strerror}; free space or choose another --cache-dir"
+                    f"{path}: can't be written: {exc.strerror}; free space or name another directory in "
+                    "SKYNET_CACHE_DIR"
                 ) from exc
         return directory
 
@@ -233,6 +234,11 @@ class WeightStore:
     def progress(self) -> Progress:
         with self._lock:
             return Progress(sum(self._wanted.values()), dict(self._done))
+
+    def report_to(self, on_progress: Callable[[Progress], None]) -> None:
+        """Call this now and whenever a chunk arrived, from any thread. Announce first: then the total stays."""
+        self._on_progress = on_progress
+        on_progress(self.progress)
 
     def _want(self, chunks: Iterable[ChunkRef]) -> None:
         with self._lock:

@@ -129,7 +129,7 @@ def test_a_full_disk_is_named_with_the_fix_and_leaves_no_rubbish(small_disk: Pat
     filler.write_bytes(bytes((1 << 20) - 2 * SIZE))
     kept, lost = chunk(1), chunk(2)
     cache.put(*kept)
-    with pytest.raises(WeightError, match=rf"{small_disk}.*no space for a chunk of {SIZE} bytes.*--cache-dir"):
+    with pytest.raises(WeightError, match=rf"{small_disk}.*no space for a chunk of {SIZE} bytes.*SKYNET_CACHE_DIR"):
         _fill(cache)
     assert not list(small_disk.rglob(".tmp-*"))
     assert read(cache, kept[0]) == kept[1]
@@ -176,5 +176,5 @@ def test_a_cache_smaller_than_the_shard_still_serves_it(
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightError, match=r"file/chunks.*can't be written.*--cache-dir"):
+    with pytest.raises(WeightError, match=r"file/chunks.*can't be written.*SKYNET_CACHE_DIR"):
         ChunkCache(tmp_path / "file" / "chunks", 1 << 30).put(*chunk(1))
