@@ -41,12 +41,13 @@ class PeerRegistry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_raw_key: dict[bytes, AdmittedPeer] = {}
+        self._by_key: dict[str, AdmittedPeer] = {}  # the same by the key's Z85 text
         self._by_id: dict[PeerId, AdmittedPeer] = {}
         self._suspended: dict[PeerId, float] = {}  # until when, on the monotonic clock
-        self._on_removed: list[Callable[[PeerId], None]] = []
+        self._on_removed: list[Callable[[PeerId, str | None], None]] = []
 
-    def on_removed(self, callback: Callable[[PeerId], None]) -> None:
-        """Call this, in the thread that removes, when a peer or its former key stops being welcome."""
+    def on_removed(self, callback: Callable[[PeerId, str | None], None]) -> None:
+        """Call this, in the thread that removes, when a peer's key (Z85; None: any it had) stops being welcome."""
         self._on_removed.append(callback)
 
     def allow(self, curve_public_key: bytes, peer_id: PeerId, domains: Collection[str]) -> None:
@@ -60,25 +61,30 @@ class PeerRegistry:
                     f"peer {peer_id}: its CURVE key already belongs to {holder.peer_id}; one key, one peer"
                 )
             former = self._by_id.get(peer_id)
-            is_rekeyed = former is not None and former.curve_key != curve_public_key
             if former is not None:
-                del self._by_raw_key[raw_curve_key(former.curve_key)]
-            self._by_raw_key[raw] = self._by_id[peer_id] = peer
-        if is_rekeyed:
-            self._removed(peer_id)
+                self._drop_key(former)
+            self._by_raw_key[raw] = self._by_id[peer_id] = self._by_key[curve_public_key.decode()] = peer
+        if former is not None and former.curve_key != curve_public_key:
+            self._removed(peer_id, former)
 
     def deny(self, peer_id: PeerId) -> None:
         """Withdraw the peer's key and cut its live connections. Unknown peers are fine."""
-        self.forget(peer_id)
-        self._removed(peer_id)
+        self._removed(peer_id, self._forget(peer_id))
 
     def forget(self, peer_id: PeerId) -> None:
         """Withdraw the key of a peer that has no connection any more: nobody is cut. Unknown peers are fine."""
+        self._forget(peer_id)
+
+    def _forget(self, peer_id: PeerId) -> AdmittedPeer | None:
         with self._lock:
             self._suspended.pop(peer_id, None)
             former = self._by_id.pop(peer_id, None)
             if former is not None:
-                del self._by_raw_key[raw_curve_key(former.curve_key)]
+                self._drop_key(former)
+            return former
+
+    def _drop_key(self, peer: AdmittedPeer) -> None:
+        del self._by_raw_key[raw_curve_key(peer.curve_key)], self._by_key[peer.curve_key.decode()]
 
     def suspend(self, peer_id: PeerId, until: float) -> None:
         """Refuse this peer's handshakes until that moment of the monotonic clock: it flooded us."""
@@ -86,8 +92,8 @@ class PeerRegistry:
             if peer_id in self._by_id:
                 self._suspended[peer_id] = until
 
-    def admit(self, raw_key: bytes, domain: str, now: float) -> PeerId | None:
-        """Who this key is if it may open sockets of `domain` now, else None."""
+    def admit(self, raw_key: bytes, domain: str, now: float) -> AdmittedPeer | None:
+        """Whose key this is if it may open sockets of `domain` now, else None."""
         with self._lock:
             peer = self._by_raw_key.get(raw_key)
             if peer is None or domain not in peer.domains:
@@ -95,10 +101,14 @@ class PeerRegistry:
             if self._suspended.get(peer.peer_id, now) > now:
                 return None
             self._suspended.pop(peer.peer_id, None)
-            return peer.peer_id
+            return peer
+
+    def holder(self, key: str) -> AdmittedPeer | None:
+        """Whose key (Z85) this is; None if it is nobody's any more. On every frame's path: one lookup, no lock."""
+        return self._by_key.get(key)
 
     def is_allowed(self, peer_id: PeerId, domain: str) -> bool:
-        """Whether frames from this peer count in that domain. On every frame's path: one lookup, no lock."""
+        """Whether this peer counts in that domain."""
         peer = self._by_id.get(peer_id)
         return peer is not None and domain in peer.domains
 
@@ -107,7 +117,7 @@ class PeerRegistry:
         peer = self._by_id.get(peer_id)
         return None if peer is None else peer.curve_key
 
-    def _removed(self, peer_id: PeerId) -> None:
+    def _removed(self, peer_id: PeerId, former: AdmittedPeer | None) -> None:
         logger.info("peer cut off peer=%s", peer_id)
         for callback in self._on_removed:
-            callback(peer_id)
+            callback(peer_id, None if former is None else former.curve_key.decode())

@@ -110,7 +110,8 @@ class DataChannel:
         self._pongs: dict[int, memoryview | None] = {}  # awaited; None: not answered yet
         self._num_pings = 0
         self._relay: RelayClient | None = None
-        self._lanes = Lanes(bind_addresses if self._config.use_lanes else (), factory.config.max_frame_bytes)
+        lane_addresses = bind_addresses if self._config.use_lanes else ()
+        self._lanes = Lanes(lane_addresses, factory.config.max_frame_bytes, factory.guard.add_plain)
         self._links.on_established = self._offer_lane
         self._links.on_lost = lambda link: self._lanes.drop(link.peer_id)
         self._polled: list[tuple[zmq.Socket[bytes], int]] = []

@@ -1,10 +1,11 @@
-"""Watches every TCP connection: says when one ends, bounds what one can make us buffer, cuts one off.
+"""Watches every TCP connection: says when one ends or is dead, bounds what one can make us buffer, cuts one off.
 
 libzmq's high-water mark counts whole messages, so an admitted peer that never ends a multipart message grows our
 memory without bound. But the kernel counts the bytes a connection received (TCP_INFO), and each frame that reaches us
 names its connection (SRCFD), so the difference is what libzmq holds. When that exceeds the bound, the connection is
 shut down with shutdown(2) on a duplicate of its descriptor; libzmq then sees an ordinary disconnect and frees what it
-held. Where the kernel doesn't tell (not Linux) the bound isn't enforced, and `GuardThread.is_bounding` says so.
+held. A connection whose peer's kernel answers nothing any more is ended the same way (tcp.py). Where the kernel doesn't
+tell (not Linux) neither is done, and `GuardThread.is_bounding` says so. Should this thread fail, the process ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket as sockets
 import stat
 import sys
 import threading
@@ -24,9 +26,10 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from skynet.errors import SkyNetError
 from skynet.protocol.admitted import PeerRegistry
 from skynet.protocol.ids import PeerId
-from skynet.protocol.tcp import TcpConnection, bytes_received, host_of, shut_down
+from skynet.protocol.tcp import TcpConnection, TcpState, host_of, probe_when_idle, shut_down, tcp_state
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ SUSPEND_S: Final = 60.0  # how long a peer that overflowed us isn't let in again
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardConfig:
-    """How much a connection may make us buffer."""
+    """How much a connection may make us buffer, and how long its peer may be dead."""
 
     max_undelivered_bytes: int = 128 << 20  # received by the kernel and not yet read by the application
     # Before its first frame is read a connection may still be a stranger, so every peer starts with a small message
@@ -48,6 +51,7 @@ class GuardConfig:
     max_unidentified_bytes: int = 1 << 20
     max_unidentified: int = 512  # connections per socket that haven't sent a frame yet
     max_unidentified_per_host: int = 64
+    dead_peer_s: int = 4  # no sign of life from the peer's kernel for this long ends a connection; the default lease
     interval_s: float = 0.05  # between two looks at the counters; 0.005 while a connection is unidentified
 
 
@@ -61,6 +65,7 @@ class Credit:
     """What one connection delivered to the application. Written by the socket's own thread alone."""
 
     peer_id: PeerId
+    key: str  # that it authenticated with (Z85), "" for a server's that we dialled
     num_bytes: int = 0
 
 
@@ -77,11 +82,11 @@ class Watch:
     credits: dict[int, Credit] = field(default_factory=dict)  # by fd
     connections: dict[int, TcpConnection] = field(default_factory=dict)
 
-    def delivered(self, fd: int, peer_id: PeerId, wire_bytes: int) -> None:
+    def delivered(self, fd: int, key: str, peer_id: PeerId, wire_bytes: int) -> None:
         """The application read this much from the connection. Called by the socket's thread for each message."""
         credit = self.credits.get(fd)
-        if credit is None or credit.peer_id != peer_id:
-            credit = self.credits[fd] = Credit(peer_id)
+        if credit is None or credit.key != key:
+            credit = self.credits[fd] = Credit(peer_id, key)
         credit.num_bytes += wire_bytes
 
 
@@ -103,7 +108,9 @@ class GuardThread:
         self._config = config
         self._lock = threading.Lock()  # of the wake sender
         self._added: deque[Watch] = deque()
-        self._cuts: deque[PeerId] = deque()
+        self._cuts: deque[tuple[PeerId, str | None]] = deque()
+        self._plain: list[TcpConnection] = []
+        self._added_plain: deque[TcpConnection] = deque()
         self._watches: dict[zmq.Socket[bytes], Watch] = {}
         self._num_cut = 0
         self._is_stopping = False
@@ -125,14 +132,25 @@ class GuardThread:
         self._added.append(watch)
         self._wake()
 
-    def cut(self, peer_id: PeerId) -> None:
-        """Shut down every live connection of this peer, and those that haven't said yet who they are."""
-        self._cuts.append(peer_id)
+    def add_plain(self, socket: sockets.socket) -> None:
+        """End this TCP connection, which isn't libzmq's, when its peer's kernel is gone; until somebody closes it."""
+        if socket.family in (sockets.AF_INET, sockets.AF_INET6):
+            probe_when_idle(socket, self._config.dead_peer_s)
+            fd = socket.fileno()
+            self._added_plain.append(TcpConnection(fd, os.fstat(fd).st_ino, is_accepted=False))
+            self._wake()
+
+    def cut(self, peer_id: PeerId, key: str | None = None) -> None:
+        """Shut down this peer's live connections, or those of one of its keys, and ours to it.
+
+        One that hasn't sent a frame yet may be anybody's and stays. Its first frame says under which key it came.
+        """
+        self._cuts.append((peer_id, key))
         self._wake()
 
     @property
     def num_cut(self) -> int:
-        """Connections shut down so far, for overflowing or because their peer was removed."""
+        """Connections shut down so far: overflowed, dead, or their peer was removed."""
         return self._num_cut
 
     def _wake(self) -> None:
@@ -155,15 +173,18 @@ class GuardThread:
                 now = time.monotonic()
                 if now >= next_look and self.is_bounding:
                     next_look = now + self._look(now)
+        except zmq.ContextTerminated:
+            logger.debug("guard ended: every socket is gone")
         except Exception:
-            logger.critical("guard ended: lost connections go unseen and buffers unbounded; restart", exc_info=True)
+            if not self._is_stopping:
+                _end_process()
         finally:
             for monitor in self._watches:
                 monitor.close(linger=0)
             self._wake_receiver.close(linger=0)
 
     def _wait_ms(self, next_look: float) -> int:
-        if not any(watch.connections for watch in self._watches.values()):
+        if not self._plain and not any(watch.connections for watch in self._watches.values()):
             return 1000
         return max(0, min(1000, int((next_look - time.monotonic()) * 1000) + 1))
 
@@ -172,8 +193,10 @@ class GuardThread:
             watch = self._added.popleft()
             self._watches[watch.monitor] = watch
             poller.register(watch.monitor, zmq.POLLIN)
+        while self._added_plain:
+            self._plain.append(self._added_plain.popleft())
         while self._cuts:
-            self._cut_now(self._cuts.popleft())
+            self._cut_now(*self._cuts.popleft())
 
     def _handle(self, ready: zmq.Socket[bytes], poller: zmq.Poller) -> None:
         if ready is self._wake_receiver:
@@ -222,21 +245,48 @@ class GuardThread:
         )
 
     def _look(self, now: float) -> float:
-        """Compare every connection's counters; returns the seconds until the next look is due."""
-        num_connections, has_stranger = 0, False
+        """Ask the kernel about every connection; returns the seconds until the next look is due."""
+        has_stranger = False
         for watch in self._watches.values():
             for fd, connection in watch.connections.items():
-                num_connections += 1
                 credit = watch.credits.get(fd)
-                delivered = 0 if credit is None else credit.num_bytes
-                received = bytes_received(connection)
-                is_stranger = credit is None and connection.is_accepted
-                has_stranger |= is_stranger
-                bound = self._config.max_unidentified_bytes if is_stranger else self._config.max_undelivered_bytes
-                if received is not None and not connection.is_cut and received - delivered > bound + _HANDSHAKE_BYTES:
-                    self._overflow(watch, connection, credit, received - delivered, now)
+                has_stranger |= credit is None and connection.is_accepted
+                delivered = 0 if credit is None else credit.num_bytes  # before the kernel's count, which only grows
+                state = tcp_state(connection)
+                if state is not None and not connection.is_cut:
+                    self._judge(watch, connection, credit, state, state.bytes_received - delivered, now)
+        self._look_at_plain()
+        num_connections = len(self._plain) + sum(len(watch.connections) for watch in self._watches.values())
         interval = 0.005 if has_stranger else self._config.interval_s
         return max(interval, num_connections * _SECONDS_PER_CONNECTION)
+
+    def _look_at_plain(self) -> None:
+        states = [(connection, tcp_state(connection)) for connection in self._plain]
+        self._plain = [connection for connection, state in states if state is not None]
+        for connection, state in states:
+            if state is not None and state.is_dead(self._config.dead_peer_s):
+                self._end_dead("lane", None, connection, state)
+
+    def _judge(
+        self,
+        watch: Watch,
+        connection: TcpConnection,
+        credit: Credit | None,
+        state: TcpState,
+        undelivered: int,
+        now: float,
+    ) -> None:
+        is_stranger = credit is None and connection.is_accepted
+        bound = self._config.max_unidentified_bytes if is_stranger else self._config.max_undelivered_bytes
+        if undelivered > bound + _HANDSHAKE_BYTES:
+            self._overflow(watch, connection, credit, undelivered, now)
+        elif state.is_dead(self._config.dead_peer_s):
+            self._end_dead(watch.domain, watch.peer_id if credit is None else credit.peer_id, connection, state)
+
+    def _end_dead(self, domain: str, peer_id: PeerId | None, connection: TcpConnection, state: TcpState) -> None:
+        if not connection.is_cut:
+            logger.info("connection dead domain=%s peer=%s silent_s=%.1f", domain, peer_id, state.silent_s)
+            self._shut(connection)
 
     def _overflow(
         self, watch: Watch, connection: TcpConnection, credit: Credit | None, undelivered: int, now: float
@@ -248,12 +298,12 @@ class GuardThread:
             self._registry.suspend(peer_id, now + SUSPEND_S)
         self._shut(connection)
 
-    def _cut_now(self, peer_id: PeerId) -> None:
+    def _cut_now(self, peer_id: PeerId, key: str | None) -> None:
         for watch in self._watches.values():
             for fd, connection in watch.connections.items():
                 credit = watch.credits.get(fd)
-                owner = watch.peer_id if credit is None else credit.peer_id
-                if owner == peer_id or owner is None:
+                is_its_own = credit is not None and credit.peer_id == peer_id and key in (None, credit.key)
+                if is_its_own or watch.peer_id == peer_id:
                     self._shut(connection)
 
     def _shut(self, connection: TcpConnection) -> None:
@@ -261,3 +311,10 @@ class GuardThread:
             connection.is_cut = True
             self._num_cut += 1
             shut_down(connection)
+
+
+def _end_process() -> None:
+    """Fail closed: unguarded, one peer could fill our memory, and losses and removals would go unseen."""
+    logger.critical("guard failed, this process ends: without it no peer is bounded or cut off", exc_info=True)
+    sys.stderr.flush()
+    os._exit(SkyNetError.exit_code)  # an exception would end this thread alone, and nothing is left to be saved

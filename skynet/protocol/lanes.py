@@ -132,8 +132,15 @@ class _Dial:
 class Lanes:
     """Belongs to the channel's thread."""
 
-    def __init__(self, addresses: Sequence[str], max_payload_bytes: int) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        max_payload_bytes: int,
+        watch: Callable[[sockets.socket], None] = lambda socket: None,
+    ) -> None:
+        """`watch` gets each lane's socket: to end it when its peer's host is gone without a word."""
         self._max_bytes = max_payload_bytes
+        self._watch = watch
         self._listener = LaneListener(addresses, max_payload_bytes)
         self._dials: dict[PeerId, _Dial] = {}
         self._lanes: dict[PeerId, Lane] = {}
@@ -219,6 +226,7 @@ class Lanes:
 
     def _opened(self, peer_id: PeerId, lane: Lane) -> None:
         logger.debug("lane open peer=%s", peer_id)
+        self._watch(lane.socket)
         self._lanes[peer_id] = lane
         self._peers[lane] = peer_id
         self._by_descriptor[lane.descriptor] = lane

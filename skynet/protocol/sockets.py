@@ -1,7 +1,7 @@
 """The one place where ZeroMQ sockets are made: every TCP socket speaks CURVE, and nobody unknown gets in.
 
 One shared context; its ZAP handler and its guard run before anything binds. Server sockets enforce their ZAP domain, so
-without the handler libzmq refuses everyone. A sender is whoever its authenticated key says (the frame's User-Id).
+without the handler libzmq refuses everyone. A sender is whoever holds its authenticated key (the frame's User-Id).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from skynet.protocol.admitted import PeerRegistry, raw_curve_key
 from skynet.protocol.codec import Buffer
 from skynet.protocol.guard import GuardConfig, GuardThread, Watch, frame_wire_bytes
 from skynet.protocol.ids import PeerId
+from skynet.protocol.tcp import PROBE_S, num_probes
 from skynet.protocol.zap import ZAP_ENDPOINT, ZapHandler
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ class SocketConfig:
     max_queued_messages: int = 1024  # each way, per connection
     handshake_timeout_s: float = 3.0
     reconnect_interval_s: float = 0.02  # doubles up to 1 s
-    dead_peer_s: float = 15.0  # unacknowledged bytes for this long end the connection (TCP_USER_TIMEOUT)
     io_threads: int = 1
     guard: GuardConfig = field(default_factory=GuardConfig)
 
@@ -69,7 +69,7 @@ class Port:
         self.number = number  # TCP port of a listening socket, 0 of a dialling one
         self._watch = watch
         self._factory = factory
-        self._is_allowed = factory.registry.is_allowed
+        self._holder = factory.registry.holder
         self._is_server = watch.peer_id is None
         self._peer_id = watch.peer_id or PeerId("")
         self._recv: Callable[[int, bool], zmq.Frame] = socket.recv  # type: ignore[assignment]
@@ -98,13 +98,20 @@ class Port:
                 wire_bytes += self._skip_rest()
                 is_excessive = True
         fd = int(frame.get(_SRCFD))
-        peer_id = self._peer_id or PeerId(str(frame.get("User-Id")))
-        watch.delivered(fd, peer_id, wire_bytes)
+        key, peer_id, is_allowed = "", self._peer_id, True
+        if self._is_server:
+            key = str(frame.get("User-Id"))
+            holder = self._holder(key)
+            is_allowed = holder is not None and watch.domain in holder.domains
+            peer_id = PeerId("") if holder is None else holder.peer_id
+        watch.delivered(fd, key, peer_id, wire_bytes)
         if is_excessive:
             logger.warning("message of too many frames peer=%s", peer_id)
             self._factory.punish(peer_id)
             return None
-        if self._is_server and not self._is_allowed(peer_id, watch.domain):
+        if not is_allowed:
+            if not peer_id:  # a key withdrawn before its connection said anything
+                self._factory.guard.cut(peer_id, key)
             return None
         return Received(peer_id, routing_id, frames, fd)
 
@@ -357,9 +364,8 @@ class SocketFactory:
         socket.reconnect_ivl = int(config.reconnect_interval_s * 1000)
         socket.reconnect_ivl_max = 1000
         socket.tcp_keepalive = 1
-        socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = max(1, int(config.dead_peer_s / 3))
-        socket.tcp_keepalive_cnt = 2
-        socket.set(zmq.TCP_MAXRT, int(config.dead_peer_s * 1000))
+        socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = PROBE_S
+        socket.tcp_keepalive_cnt = num_probes(config.guard.dead_peer_s)
         return socket
 
     @staticmethod

@@ -1,4 +1,8 @@
-"""A TCP connection of libzmq's, seen and ended through the kernel."""
+"""A TCP connection, seen and ended through the kernel, which acknowledges whether or not its process runs.
+
+A connection that carries nothing is probed by TCP keepalive. One that carries something isn't: TCP_USER_TIMEOUT would
+end it, but ends a living peer's too whose buffers are full, so we look ourselves who answers the kernel's repetitions.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,17 @@ import socket as sockets
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-_BYTES_RECEIVED: Final = struct.Struct("=Q")  # struct tcp_info, Linux 4.1 on
-_BYTES_RECEIVED_OFFSET: Final = 128
+# Of struct tcp_info: retransmits, probes; unacked, ms since the last ACK; bytes_received (Linux 4.1), snd_wnd (5.4).
+_INFO: Final = struct.Struct("=2xBB20xI28xI68xQ92xI")
+_MIN_INFO_BYTES: Final = 136
+PROBE_S: Final = 1  # an idle connection is probed this often
 
 
 @dataclass(slots=True)
 class TcpConnection:
-    """Held by the guard thread. The inode tells this TCP socket from a later one with the same descriptor."""
+    """The inode tells this TCP socket from a later one with the same descriptor."""
 
     fd: int
     inode: int
@@ -25,8 +31,34 @@ class TcpConnection:
     is_cut: bool = False
 
 
-def bytes_received(connection: TcpConnection) -> int | None:
-    """The kernel's count, None if the descriptor is no longer this connection."""
+class TcpState(NamedTuple):
+    """What the kernel knows of a connection."""
+
+    bytes_received: int
+    num_unanswered: int  # repetitions of data, or questions for room, that its kernel owes us an answer to
+    silent_s: float  # since its kernel last acknowledged anything
+
+    def is_dead(self, after_s: float) -> bool:
+        """Whether the way or the other host is gone. A process that doesn't read isn't: its kernel answers."""
+        return self.num_unanswered > 0 and self.silent_s >= after_s
+
+
+def probe_when_idle(socket: sockets.socket, dead_s: int) -> None:
+    """Have the kernel end this connection when its peer's kernel answers nothing for so long while it is idle."""
+    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+    names = {"TCP_KEEPIDLE": PROBE_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": num_probes(dead_s)}
+    for name, value in names.items():
+        if option := getattr(sockets, name, None):  # macOS lacks some
+            socket.setsockopt(sockets.IPPROTO_TCP, option, value)
+
+
+def num_probes(dead_s: int) -> int:
+    """How many unanswered ones end an idle connection."""
+    return max(1, dead_s // PROBE_S - 1)
+
+
+def tcp_state(connection: TcpConnection) -> TcpState | None:
+    """What the kernel says now; None if the descriptor is no longer this connection."""
     with _duplicate(connection) as duplicate:
         if duplicate is None:
             return None
@@ -34,10 +66,13 @@ def bytes_received(connection: TcpConnection) -> int | None:
             info = duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256)
         except OSError:
             return None
-    if len(info) < _BYTES_RECEIVED_OFFSET + 8:
+    if len(info) < _MIN_INFO_BYTES:
         return None
-    count: int = _BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_OFFSET)[0]
-    return count
+    whole = info.ljust(_INFO.size, b"\0")
+    num_repeated, num_probed, num_unacknowledged, silent_ms, num_bytes, window = _INFO.unpack_from(whole)
+    # With no room left at the other side, only what it says to probes counts.
+    num_unanswered = (num_repeated if window else 0) if num_unacknowledged else num_probed
+    return TcpState(num_bytes, num_unanswered, silent_ms / 1000)
 
 
 class _duplicate:  # noqa: N801  (reads as a function)
@@ -69,6 +104,7 @@ class _duplicate:  # noqa: N801  (reads as a function)
 
 
 def shut_down(connection: TcpConnection) -> None:
+    """End it both ways; whoever owns the socket sees an ordinary end."""
     with _duplicate(connection) as duplicate:
         if duplicate is None:
             return
@@ -80,6 +116,7 @@ def shut_down(connection: TcpConnection) -> None:
 
 
 def host_of(connection: TcpConnection) -> str:
+    """The peer's address, "" if the connection is gone."""
     with _duplicate(connection) as duplicate:
         if duplicate is None:
             return ""

@@ -32,7 +32,7 @@ def answer(frames: Sequence[bytes], registry: PeerRegistry, now: float) -> list[
     if peer is None:
         logger.info("handshake refused domain=%s address=%s", domain[:64], frames[5][:64])
         return [envelope, b"", b"1.0", request_id, b"400", b"not admitted", b"", b""]
-    return [envelope, b"", b"1.0", request_id, b"200", b"OK", peer.encode(), b""]
+    return [envelope, b"", b"1.0", request_id, b"200", b"OK", peer.curve_key, b""]
 
 
 class ZapHandler:

@@ -179,6 +179,69 @@ def test_denying_one_peer_leaves_another_connected(swarm: Swarm) -> None:
     assert (received.peer_id, gone) == (BOB, [ALICE])
 
 
+def test_denying_one_peer_leaves_those_alone_who_have_not_said_yet_who_they_are(swarm: Swarm) -> None:
+    gone, bob_in = threading.Event(), threading.Event()
+    server, alice, bob = swarm.factory(), swarm.factory(), swarm.factory()
+    server.allow(alice.public_key, ALICE, {"data"})
+    server.allow(bob.public_key, BOB, {"data"})
+    listening = swarm.server(server, on_disconnected=lambda peer, _: gone.set() if peer == ALICE else None)
+    swarm.client(alice, server, listening).socket.send(b"hello")
+    assert next_message(listening) is not None
+    endpoint, ended_for_bob = f"tcp://127.0.0.1:{listening.number}", threading.Event()
+    bobs = bob.connect_dealer(
+        endpoint,
+        server.public_key,
+        PeerId("server"),
+        on_connected=bob_in.set,
+        on_disconnected=lambda _, __: ended_for_bob.set(),
+    )
+    swarm.ports.append(bobs)
+    assert bob_in.wait(5)
+    with socket.create_connection(("127.0.0.1", listening.number), timeout=5) as shaking_hands:
+        assert shaking_hands.recv(1), "its greeting"
+        server.deny(ALICE)
+        assert gone.wait(2)
+        shaking_hands.settimeout(0.01)
+        assert not ended(shaking_hands)
+    bobs.socket.send(b"at last")
+    received = next_message(listening)
+    assert received is not None
+    assert received.peer_id == BOB
+    assert not ended_for_bob.is_set()
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_silent_connection_of_a_withdrawn_key_is_cut_at_its_first_frame(swarm: Swarm, is_replaced: bool) -> None:
+    connected, gone = threading.Event(), threading.Event()
+    server, old, new = swarm.factory(), swarm.factory(), swarm.factory()
+    server.allow(old.public_key, ALICE, {"data"})
+    listening = swarm.server(server)
+    dialling = old.connect_dealer(
+        f"tcp://127.0.0.1:{listening.number}",
+        server.public_key,
+        PeerId("server"),
+        on_connected=connected.set,
+        on_disconnected=lambda _, __: gone.set(),
+    )
+    swarm.ports.append(dialling)
+    assert connected.wait(5)
+    if is_replaced:
+        server.allow(new.public_key, ALICE, {"data"})
+        fresh = swarm.client(new, server, listening)
+        fresh.socket.send(b"new key")
+        assert next_message(listening) is not None
+    else:
+        server.deny(ALICE)
+    dialling.socket.send(b"old key")
+    assert next_message(listening, 0.3) is None
+    assert gone.wait(2)
+    if is_replaced:
+        fresh.socket.send(b"still here")
+        received = next_message(listening)
+        assert received is not None
+        assert received.frames[0].bytes == b"still here"
+
+
 def test_new_key_of_a_peer_replaces_its_old_one(swarm: Swarm) -> None:
     server, old, new = swarm.factory(), swarm.factory(), swarm.factory()
     server.allow(old.public_key, ALICE, {"data"})
