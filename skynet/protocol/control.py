@@ -17,6 +17,7 @@ from skynet.protocol.sockets import AsyncPort, Received, SocketFactory
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M")
+MAX_UNANSWERED = 2  # Pings, one after each lease of silence
 
 
 class LinkLost(Exception):
@@ -27,11 +28,11 @@ class ControlLink(Generic[M]):
     """A node's link to its coordinator. It belongs to one event loop; a lost one isn't mended: open another."""
 
     def __init__(
-        self, port: AsyncPort, kinds: tuple[type[M], ...], silence_s: float, factory: SocketFactory | None
+        self, port: AsyncPort, kinds: tuple[type[M], ...], lease_s: float, factory: SocketFactory | None
     ) -> None:
         self._port = port
         self._decoder = Decoder(*kinds)
-        self._silence_s = silence_s
+        self._lease_s = lease_s
         self._own_factory = factory
         self._lost = asyncio.Event()
         self._nonce = 0
@@ -53,7 +54,7 @@ class ControlLink(Generic[M]):
             COORDINATOR,
             on_disconnected=lambda _peer, _connection: _soon(loop, lost.set),
         )
-        link = cls(used.asynchronous(port), kinds, 2 * ticket.welcome.lease_s, own)
+        link = cls(used.asynchronous(port), kinds, ticket.welcome.lease_s, own)
         link._lost = lost
         return link
 
@@ -68,14 +69,15 @@ class ControlLink(Generic[M]):
             self._port.send(encode(message))
 
     async def receive(self) -> M:
-        """The next message. Raises LinkLost when the connection ends or nothing comes for two leases."""
+        """The next message. Raises LinkLost when the connection ends or nothing comes for three leases.
+
+        After the first lease of silence, and the second, the coordinator is asked for a sign of life.
+        """
         while True:
             receiving = asyncio.ensure_future(self._port.receive())
             losing = asyncio.ensure_future(self._lost.wait())
             try:
-                await asyncio.wait(
-                    {receiving, losing}, timeout=self._silence_s / 2, return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait({receiving, losing}, timeout=self._lease_s, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     self._nonce = 0
                     frames = receiving.result().frames
@@ -88,8 +90,8 @@ class ControlLink(Generic[M]):
             finally:
                 receiving.cancel()
                 losing.cancel()
-            if self._nonce >= 2:
-                raise LinkLost(f"nothing from the coordinator for {self._silence_s:.0f} s")
+            if self._nonce >= MAX_UNANSWERED:
+                raise LinkLost(f"nothing from the coordinator for {(MAX_UNANSWERED + 1) * self._lease_s:.0f} s")
             self._nonce += 1
             self.send(Ping(nonce=self._nonce))
 
