@@ -56,6 +56,12 @@ class User:
         )
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Nothing of it is left, whatever the test made of it."""
+    process.kill()
+    process.communicate(timeout=10)
+
+
 Serve = Callable[..., LocalSwarm]
 _running: list[LocalSwarm] = []
 
@@ -138,6 +144,14 @@ class Oracle:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
         self._model = model.eval()
+
+    def shortfalls(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> list[float]:
+        """How far each answered token's logit lies below the best one, given the tokens before it."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+        return [float(row.max() - row[token]) for row, token in zip(logits, answer_ids, strict=True)]
 
     def answer_ids(self, prompt_ids: Sequence[int], num_tokens: int, *, ends_at_eos: bool = False) -> list[int]:
         """The ids that follow, the end token included where the answer ends with it."""

@@ -15,7 +15,7 @@ import pytest
 from skynet.client.swarm import Completion
 from skynet.testing.local_swarm import LocalSwarm
 
-from .conftest import Oracle, User, skynet_environment
+from .conftest import Oracle, User, end, skynet_environment
 
 PROMPT = "Once upon a time"
 EXAMPLE_FILE = Path(__file__).parents[2] / "docs" / "examples" / "workers.yaml"
@@ -204,7 +204,7 @@ def test_watching_ends_at_an_interrupt(user: User) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     finally:
-        process.kill()
+        end(process)
     assert (process.returncode, errors.strip()) == (130, "")
 
 

@@ -13,7 +13,7 @@ import pytest
 from skynet.client.swarm import Completion, CompletionStream, Swarm
 from skynet.testing.local_swarm import LocalSwarm
 
-from .conftest import Oracle, User
+from .conftest import Oracle, User, end
 
 PROMPTS = ("Once upon a time", "The old lamp", "One day", "In the garden", '"Where is it?"', "Who are you?")
 NUM_TOKENS = 24
@@ -80,7 +80,7 @@ def test_an_interrupted_infer_is_cancelled_at_once(swarm: LocalSwarm, user: User
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=20)
     finally:
-        process.kill()
+        end(process)
     facts = swarm.run(until_idle, 5)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

@@ -45,13 +45,13 @@ def test_every_layout_answers_like_one_process(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_answers_in_readable_text(dtype: str, serve: Serve, embedded_oracle: Oracle) -> None:
+def test_half_precision_answers_what_rounding_allows(dtype: str, serve: Serve, embedded_oracle: Oracle) -> None:
+    """Each token is the best one given those before it, but for the rounding of logits of about 20."""
     swarm = serve(layout="2x1", dtype=dtype)
     assert swarm.status()["model"]["dtype"] == dtype
     ids = answer(swarm)
-    expected = embedded_oracle.answer_ids(embedded_oracle.encode(PROMPT), NUM_TOKENS)
-    num_equal = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), NUM_TOKENS)
-    assert num_equal >= 4  # then rounding may choose another of two nearly equal tokens
+    shortfalls = embedded_oracle.shortfalls(embedded_oracle.encode(PROMPT), ids)
+    assert max(shortfalls) < (0.5 if dtype == "bfloat16" else 0.1)
     assert ids == answer(swarm)
 
 

@@ -14,7 +14,7 @@ from skynet.client.swarm import Completion
 from skynet.errors import CapacityError
 from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
-from .conftest import User, skynet_environment
+from .conftest import User, end, skynet_environment
 from .test_models import save_checkpoint
 
 PROMPT = "Once upon a time"
@@ -106,7 +106,7 @@ def test_a_killed_client_is_forgotten_and_who_waits_is_answered_when_a_worker_jo
         answer, errors = waiting.communicate(timeout=60)
     finally:
         for process in (killed, waiting):
-            process.kill()
+            end(process)
     assert waiting.returncode == 0, errors
     assert '"completion_tokens": 4' in answer
     assert swarm.status()["shortage"] is None
