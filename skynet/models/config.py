@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, NamedTuple, cast, get_args
 
 from skynet.errors import ModelError, UnsupportedArchitecture
 from skynet.models.spec import ModelSpec
@@ -150,18 +150,32 @@ def read_lean(config: Config) -> LeanConfig:
     kind = reader.model_type
     if kind not in LEAN:
         raise UnsupportedArchitecture(f"{kind} doesn't run on lean layers; those that do: {', '.join(sorted(LEAN))}")
-    bias = reader.flag("attention_bias") if kind in ("llama", "qwen3", "qwen3_moe") else False
+    biases = _biases(reader)
     return LeanConfig(
         norm_eps=reader.number("rms_norm_eps", 1e-6),
         rope=_rope(reader),
         activation=reader.activation("hidden_act", "silu"),
-        qkv_bias=kind == "qwen2" or bias,
-        o_bias=bias,
-        mlp_bias=kind == "llama" and reader.flag("mlp_bias"),
+        qkv_bias=biases.qkv,
+        o_bias=biases.o,
+        mlp_bias=biases.mlp,
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         windows=_windows(reader),
         norm_topk_prob=kind == "qwen3_moe" and reader.flag("norm_topk_prob"),
     )
+
+
+class _Biases(NamedTuple):
+    """Which matrices of a lean layer have one."""
+
+    qkv: bool
+    o: bool
+    mlp: bool
+
+
+def _biases(reader: _Reader) -> _Biases:
+    kind = reader.model_type
+    attention = kind in ("llama", "qwen3", "qwen3_moe") and reader.flag("attention_bias")
+    return _Biases(kind == "qwen2" or attention, attention, kind == "llama" and reader.flag("mlp_bias"))
 
 
 class _Reader:
@@ -242,6 +256,7 @@ def _lean_spec(reader: _Reader, dtype: Dtype) -> ModelSpec:
     hidden_size = reader.size("hidden_size")
     num_layers = reader.size("num_hidden_layers")
     moe = _moe_layers(reader, num_layers) if reader.model_type == "qwen3_moe" else ()
+    biases = _biases(reader)
     return ModelSpec(
         model_type=reader.model_type,
         num_layers=num_layers,
@@ -258,6 +273,9 @@ def _lean_spec(reader: _Reader, dtype: Dtype) -> ModelSpec:
         experts_per_token=reader.size("num_experts_per_tok") if moe else 0,
         expert_intermediate_size=reader.size("moe_intermediate_size") if moe else 0,
         moe_layers=moe,
+        qkv_bias=biases.qkv,
+        o_bias=biases.o,
+        mlp_bias=biases.mlp,
     )
 
 

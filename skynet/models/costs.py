@@ -86,20 +86,26 @@ def _attention(spec: ModelSpec, prefix: str) -> tuple[TensorSplit, ...]:
         ("v_proj", "kv_heads", spec.num_kv_heads),
     )
     tensors = [TensorSplit(f"{prefix}{n}.weight", (num * size, hidden), part, 0, size) for n, part, num in parts]
-    if spec.model_type == "qwen2":
+    if spec.qkv_bias:
         tensors += [TensorSplit(f"{prefix}{n}.bias", (num * size,), part, 0, size) for n, part, num in parts]
     if spec.model_type in ("qwen3", "qwen3_moe"):
         tensors += [TensorSplit(f"{prefix}{n}.weight", (size,)) for n in ("q_norm", "k_norm")]
     tensors.append(TensorSplit(prefix + "o_proj.weight", (hidden, spec.num_heads * size), "heads", 1, size))
+    if spec.o_bias:
+        tensors.append(TensorSplit(prefix + "o_proj.bias", (hidden,)))
     return tuple(tensors)
 
 
 def _dense_mlp(spec: ModelSpec, prefix: str) -> tuple[TensorSplit, ...]:
     columns, hidden = spec.intermediate_size, spec.hidden_size
     inputs = ("gate_proj", "up_proj") if spec.gated_mlp else ("up_proj",)
+    biases = [TensorSplit(f"{prefix}{name}.bias", (columns,), "mlp", 0) for name in inputs] if spec.mlp_bias else []
+    if spec.mlp_bias:
+        biases.append(TensorSplit(prefix + "down_proj.bias", (hidden,)))
     return (
         *(TensorSplit(f"{prefix}{name}.weight", (columns, hidden), "mlp", 0) for name in inputs),
         TensorSplit(prefix + "down_proj.weight", (hidden, columns), "mlp", 1),
+        *biases,
     )
 
 
@@ -249,8 +255,13 @@ class ModelCosts:
         kv_heads = len(share.kv_heads(self.spec.group_size))
         attention = len(share.heads) * costs.heads + kv_heads * costs.kv_heads
         experts = self.spec.num_experts
-        used = 1 - (1 - self.spec.experts_per_token / experts) ** num_tokens if is_moe and experts else 0.0
+        used = self.experts_used(num_tokens) / experts if is_moe and experts else 0.0
         return attention, len(share.mlp) * costs.mlp + len(share.expert_mlp) * costs.expert_mlp * used
+
+    def experts_used(self, num_tokens: int) -> float:
+        """How many different experts of a layer so many tokens are expected to choose."""
+        experts = self.spec.num_experts
+        return experts * (1 - (1 - self.spec.experts_per_token / experts) ** num_tokens) if experts else 0.0
 
     def flops_per_token(self, layers: LayerSpan, share: RankShare) -> float:
         """Operations of one token in a span, the LM head included where the span ends the model."""

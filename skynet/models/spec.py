@@ -35,6 +35,9 @@ class ModelSpec:
     expert_intermediate_size: int = 0
     moe_layers: tuple[int, ...] = ()  # layers whose MLP is a mixture of experts
     learned_positions: bool = False  # GPT-2: a [max_positions, hidden] table on the first stage
+    qkv_bias: bool = False  # beside the matrices: one number per row (GPT-2 has them all and doesn't need to say so)
+    o_bias: bool = False
+    mlp_bias: bool = False  # of a dense MLP
 
     def __post_init__(self) -> None:
         for name in (

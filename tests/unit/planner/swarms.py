@@ -46,6 +46,9 @@ def small_spec(rng: random.Random, max_layers: int = 6) -> ModelSpec:
         experts_per_token=2 if is_moe else 0,
         expert_intermediate_size=768 if is_moe else 0,
         moe_layers=moe_layers,
+        qkv_bias=rng.random() < 0.3,
+        o_bias=rng.random() < 0.3,
+        mlp_bias=rng.random() < 0.3,
     )
 
 

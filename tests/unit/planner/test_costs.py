@@ -47,6 +47,7 @@ def spec_of(model_type: str, is_tied: bool) -> ModelSpec:
         expert_intermediate_size=48 if is_moe else 0,
         moe_layers=(0, 2, 3) if is_moe else (),
         learned_positions=is_gpt2,
+        qkv_bias=model_type == "qwen2",
     )
 
 
