@@ -40,6 +40,7 @@ class LinkProfile:
     bandwidth_bytes_per_s: float  # one way
     is_relayed: bool = False
     is_estimated: bool = field(default=False)  # bounded from other links; probed before a plan uses it
+    is_cut: bool = False  # neither a direct way nor one through the coordinator; the rates mean nothing then
 
     def __post_init__(self) -> None:
         if not (0 < self.round_trip_s < 3600 and 0 < self.bandwidth_bytes_per_s < 1e15):

@@ -56,10 +56,14 @@ class PlannerConfig:
     block_size: int = 16  # positions per KV block
     min_context_tokens: int = 2048  # every replica can hold one sequence of this length (or of the model's longest)
     max_context_tokens: int = 65536  # a replica reserves KV for at most this many positions, of all sequences together
+    max_sequences: int = 16  # ... and for at most so many of the model's longest; one of these fits if memory allows
     kv_share: float = 0.5  # of what weights leave free, beyond the minimum; the rest lets a later plan load beside this
     prompt_tokens: int = 512  # the typical request, for predictions
     answer_tokens: int = 128
-    batch: int = 8  # sequences per micro-batch of a busy replica
+    batch: int = 8  # sequences in each step of a busy replica
+    overlaps_steps: bool = (
+        False  # True: a replica has a step per stage under way at once; the engine runs one at a time
+    )
     improvement_threshold: float = 0.03  # plans this close count as equal; the present plan stays unless beaten by more
     payback_s: float = 600.0  # a change must win back the time its bytes take to move within this time
     fetch_bytes_per_s: float = 50e6  # at which one worker gets weights it doesn't hold

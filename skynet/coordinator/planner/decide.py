@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from skynet.coordinator.planner.config import Layout, Objective, PlannerConfig
 from skynet.coordinator.planner.model import Plan, RankPlan, ReplicaPlan, StagePlan
+from skynet.coordinator.planner.packing import Replicas, rate
 from skynet.coordinator.planner.pinned import pinned_replicas, stage_sizes
 from skynet.coordinator.planner.predict import Chain, levelled, predict, rank_bytes
 from skynet.coordinator.planner.replan import Held, as_chain, held_by, moved_bytes, repairs, shared_bytes, transition
-from skynet.coordinator.planner.replicas import Replicas, divisions, rate
+from skynet.coordinator.planner.replicas import divisions
 from skynet.coordinator.planner.search import Search
 from skynet.coordinator.planner.swarm import Swarm
 from skynet.coordinator.planner.text import explain, format_bytes
@@ -293,6 +294,9 @@ def _no_room(swarm: Swarm, usable: list[int], sizes: tuple[int, ...] | None) -> 
     layer = need // spec.num_layers
     missing = max(need - sum(memory // layer * layer for memory in lent_by), layer)
     text = f"{model} needs {format_bytes(need)} {context}; the {who}{pinned} {verb} {format_bytes(lent)}"
+    if num_cut := sum(not swarm.links.are_joined(a, b) for a, b in itertools.combinations(usable, 2)):
+        text += f", but {num_cut} pair{'s' * (num_cut != 1)} of workers can't reach each other"
+        return CapacityError(f"{text} and no plan goes round that; open their data ports or start more workers")
     text += f", but a layer takes {format_bytes(layer)} and no split into whole shares fits"
     return CapacityError(
         f"{text}: about {format_bytes(missing)} missing; start more workers or lend more memory", missing

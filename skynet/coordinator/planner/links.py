@@ -5,19 +5,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from skynet.coordinator.planner.config import PlannerConfig
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
+COORDINATOR: Final = WorkerId("coordinator")  # its name in links; every relayed byte passes it
 _NUM_LANDMARKS = 8
 
 
 class Link(NamedTuple):
-    round_trip_s: float
-    bandwidth_bytes_per_s: float
+    round_trip_s: float  # infinite: no way at all
+    bandwidth_bytes_per_s: float  # through the relay: of one transfer alone; transfers at the same time divide it
     is_estimated: bool
+    is_relayed: bool = False
+
+
+_CUT: Final = Link(float("inf"), 1.0, False)
 
 
 class LinkTable:
@@ -35,12 +40,23 @@ class LinkTable:
         self._hosts = [profiles[worker_id].host_id for worker_id in ids]
         others = sorted({end for link in links for end in (link.a, link.b)} - set(ids))
         index = {worker_id: i for i, worker_id in enumerate([*ids, *others])}
+        self._coordinator = index.get(COORDINATOR)
         self._known: dict[tuple[int, int], Link] = {}
+        cut: set[tuple[int, int]] = set()
+        guessed: list[tuple[int, int]] = []  # relayed, and nobody measured how fast
         for profile in sorted(links, key=lambda x: (x.is_estimated, -x.round_trip_s, x.bandwidth_bytes_per_s)):
             a, b = sorted((index[profile.a], index[profile.b]))
-            link = Link(profile.round_trip_s, profile.bandwidth_bytes_per_s, profile.is_estimated)
-            if a != b:
-                self._known.setdefault((a, b), link)
+            link = Link(profile.round_trip_s, profile.bandwidth_bytes_per_s, profile.is_estimated, profile.is_relayed)
+            if profile.is_cut:
+                cut.add((a, b))
+            elif a != b and self._known.setdefault((a, b), link) is link and link[2:] == (True, True):
+                guessed.append((a, b))
+        for pair in cut:
+            self._known.pop(pair, None)
+        for a, b in guessed:
+            both = self._through_coordinator(a, b)
+            if both is not None and (a, b) in self._known:
+                self._known[a, b] = both
         self.near: list[list[int]] = [[] for _ in index]  # measured neighbours of each
         for a, b in sorted(self._known):
             self.near[a].append(b)
@@ -53,7 +69,8 @@ class LinkTable:
             min(narrowest, config.default_bandwidth_bytes_per_s),
             True,
         )
-        self._cache: dict[tuple[int, int], Link] = dict(self._known)
+        self.has_cuts = bool(cut)
+        self._cache: dict[tuple[int, int], Link] = self._known | dict.fromkeys(cut, _CUT)
 
     def between(self, a: int, b: int) -> Link:
         """The link of two workers, by index."""
@@ -62,6 +79,24 @@ class LinkTable:
         if link is None:
             link = self._cache[key] = self._estimate(*key)
         return link
+
+    def are_joined(self, a: int, b: int) -> bool:
+        """Whether two workers can talk to each other at all, the relay included."""
+        return not self.has_cuts or self.between(a, b).round_trip_s < _CUT.round_trip_s
+
+    def to_coordinator_s(self, worker: int) -> float | None:
+        """One way between a worker and the coordinator, as far as anybody measured it."""
+        link = None if self._coordinator is None else self._known.get(_pair(worker, self._coordinator))
+        return None if link is None else link.round_trip_s / 2
+
+    def _through_coordinator(self, a: int, b: int) -> Link | None:
+        """Both legs of a relayed link."""
+        if self._coordinator is None:
+            return None
+        legs = [self._known.get(_pair(worker, self._coordinator)) for worker in (a, b)]
+        trips = [leg.round_trip_s for leg in legs if leg is not None]
+        widths = [leg.bandwidth_bytes_per_s for leg in legs if leg is not None]
+        return Link(sum(trips), min(widths), True, True) if len(trips) == 2 else None
 
     @cached_property
     def near_sets(self) -> list[list[int]]:

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skynet.coordinator.planner.allot import Option, allot
+from skynet.coordinator.planner.allot import INFINITY, Option, allot
 from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.model import Prediction
-from skynet.coordinator.planner.swarm import StepKind, Swarm, Variant
+from skynet.coordinator.planner.swarm import Group, StepKind, Swarm, Variant
 
 Arrangement = tuple[tuple[int, ...], ...]  # groups of worker indices in pipeline order
 
@@ -39,6 +39,13 @@ class Chain(NamedTuple):
         return sum(len(stage.variant.group.members) for stage in self.stages)
 
 
+def are_joined(stages: Sequence[Placed]) -> bool:
+    """Whether all who must talk to each other can."""
+    groups = [stage.variant.group for stage in stages]
+    hops = (b.hop_cost(a) for a, b in itertools.pairwise(groups))
+    return all(group.is_joined for group in groups) and all(hop < INFINITY for hop in hops)
+
+
 def stage_s(swarm: Swarm, stage: Placed, kind: StepKind) -> float:
     """Time of one step in one stage, hops apart."""
     times = stage.variant.step(kind)
@@ -61,15 +68,16 @@ def step_s(swarm: Swarm, stages: Sequence[Placed], kind: StepKind) -> float:
 
 
 def predict(swarm: Swarm, stages: Sequence[Placed], num_blocks: int) -> Prediction:
-    """Speeds of a replica. Busy, it runs one micro-batch per stage, as many sequences as its KV blocks hold."""
+    """Speeds of a replica. Busy, its steps have a whole batch, or as many sequences as its KV blocks hold."""
     config = swarm.config
+    in_flight = len(stages) if config.overlaps_steps else 1
     room = num_blocks * config.block_size // (config.prompt_tokens + config.answer_tokens)
-    sequences = max(1, min(room, config.batch * len(stages)))
-    per_batch = -(-sequences // len(stages))
-    batches = -(-sequences // per_batch)
-    kind = swarm.batch if per_batch == config.batch else StepKind(per_batch, per_batch, swarm.batch.context)
+    sequences = max(1, min(room, config.batch * in_flight))
+    per_step = -(-sequences // in_flight)
+    steps = -(-sequences // per_step)
+    kind = swarm.batch if per_step == config.batch else StepKind(per_step, per_step, swarm.batch.context)
     times = [stage_s(swarm, stage, kind) for stage in stages]
-    round_s = max(batches * max(times), sum(times) + hops_s(swarm, stages, per_batch))
+    round_s = max(steps * max(times), sum(times) + hops_s(swarm, stages, per_step))
     return Prediction(
         prefill_tokens_per_s=config.prompt_tokens / step_s(swarm, stages, swarm.prefill),
         decode_tokens_per_s=1 / step_s(swarm, stages, swarm.decode),
@@ -126,16 +134,32 @@ def evaluate(swarm: Swarm, arrangement: Arrangement, may_skip: bool = True) -> C
 
     With `may_skip` groups that don't help are left out.
     """
-    slowest_stage = swarm.config.objective is Objective.THROUGHPUT
     groups = [swarm.group(members) for members in arrangement]
+    best: Chain | None = None
+    if not all(group.is_joined for group in groups):
+        return None
+    for kv_tokens in swarm.kv_targets:
+        chain = _allotted(swarm, groups, kv_tokens, may_skip)
+        if chain is not None and (best is None or chain.value < best.value):
+            best = chain
+        if best is not None and best.prediction.sequences >= swarm.config.batch:
+            break  # less cache can't make it faster
+    return best
+
+
+def _allotted(swarm: Swarm, groups: list[Group], kv_tokens: int, may_skip: bool) -> Chain | None:
+    """The best allotment in which every rank has room for so many positions."""
+    slowest_stage = swarm.config.objective is Objective.THROUGHPUT and swarm.config.overlaps_steps
     while True:
         entry = [0.0, *(b.hop_cost(a) for a, b in itertools.pairwise(groups))]
-        allotted = allot([group.options() for group in groups], entry, slowest_stage, may_skip)
+        allotted = allot([group.options(kv_tokens) for group in groups], entry, slowest_stage, may_skip)
         if allotted is None:
             return None
         if len(allotted) == len(groups):
             break
         groups = [groups[part.position] for part in allotted]  # hops changed: allot once more
+    if max(entry) == INFINITY:
+        return None
     stages = tuple(Placed(groups[p.position].variants[p.option], p.start, p.end) for p in allotted)
     return finish(swarm, stages)
 
@@ -157,6 +181,4 @@ def levelled(swarm: Swarm, chain: Chain, tolerance: float = 0.005) -> Chain:
 
 
 def _option(variant: Variant) -> Option:
-    found = variant.option
-    assert found is not None, "the chain came from an allotment"
-    return found
+    return variant.option(variant.group.swarm.min_tokens)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from skynet.coordinator.planner.model import Plan, ReplicaPlan, StagePlan, Transition, WorkerTransition
-from skynet.coordinator.planner.predict import Chain, Placed, finish, rank_bytes
-from skynet.coordinator.planner.replicas import Replicas
+from skynet.coordinator.planner.packing import Replicas
+from skynet.coordinator.planner.predict import Chain, Placed, are_joined, finish, rank_bytes
 from skynet.coordinator.planner.swarm import Swarm
 from skynet.models.costs import ModelCosts, PartCosts
 from skynet.protocol.ids import WorkerId
@@ -91,7 +91,7 @@ def moved_bytes(swarm: Swarm, held: dict[WorkerId, Held], replicas: Replicas) ->
 
 
 def as_chain(swarm: Swarm, replica: ReplicaPlan, block_size: int) -> Chain | None:
-    """A replica of the plan in force by today's profiles; None if a worker is gone or lends too little now."""
+    """A replica of the plan in force by today's profiles; None if a worker is gone, cut off or lends too little."""
     index = {worker_id: i for i, worker_id in enumerate(swarm.ids)}
     if not all(worker_id in index for worker_id in replica.worker_ids):
         return None
@@ -99,7 +99,8 @@ def as_chain(swarm: Swarm, replica: ReplicaPlan, block_size: int) -> Chain | Non
         return None
     if replica.num_blocks < swarm.min_blocks or block_size != swarm.config.block_size:
         return None
-    return finish(swarm, tuple(_placed(swarm, index, stage) for stage in replica.stages), replica.num_blocks)
+    stages = tuple(_placed(swarm, index, stage) for stage in replica.stages)
+    return finish(swarm, stages, replica.num_blocks) if are_joined(stages) else None
 
 
 def _placed(swarm: Swarm, index: dict[WorkerId, int], stage: StagePlan) -> Placed:
@@ -115,7 +116,8 @@ def repairs(swarm: Swarm, replica: ReplicaPlan, spares: list[int]) -> Iterator[C
     for combination in itertools.islice(itertools.product(*choices), _MAX_REPAIRS):
         for stages in _closed(swarm, replica, combination):
             members = [m for stage in stages for m in stage.variant.group.members]
-            if len(set(members)) == len(members) and all(s.variant.fits(s.start, s.end) for s in stages):
+            fits = len(set(members)) == len(members) and all(s.variant.fits(s.start, s.end) for s in stages)
+            if fits and are_joined(stages):
                 yield finish(swarm, stages)
 
 

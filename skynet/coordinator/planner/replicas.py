@@ -5,20 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from skynet.coordinator.planner.packing import MAX_PACKED, Replicas, packings, rate
 from skynet.coordinator.planner.predict import Chain
 from skynet.coordinator.planner.search import Search, best_of, order_groups
 from skynet.coordinator.planner.sites import cut_site, sites
 
-Replicas = tuple[Chain, ...]
-
 _SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
 _TRADES = 30
+_REPACKINGS = 4
+_WINDOW = 6  # workers whose replicas are put together anew at once
 _FEW_REPLICAS = 6  # up to here each replica in turn is dissolved into the others
-
-
-def rate(replicas: Replicas) -> float:
-    """Tokens per second of all, busy."""
-    return sum(chain.prediction.batch_tokens_per_s for chain in replicas)
 
 
 def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> list[Replicas]:
@@ -27,6 +23,8 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
     if len(workers) <= config.exact_up_to:
         return list(_all_divisions(search, tuple(workers)))
     found: list[Replicas] = [] if whole is None else [(whole,)]
+    if len(workers) <= MAX_PACKED:
+        return [*found, *packings(search, workers)]
     size, clusters = 1, 0
     for _ in range(1 if search.swarm.is_large else 6):
         replicas = _in_clusters(search, workers, size)
@@ -46,6 +44,7 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
         found.append(_trade(search, best, workers))
         if 1 < len(best) <= _FEW_REPLICAS:
             found += [_trade(search, best[:i] + best[i + 1 :], workers) for i in range(len(best))]
+        found.append(_repacked(search, max(found, key=rate), workers))
     return [*found, *(_trimmed(search, replicas) for replicas in found if not search.swarm.is_large)]
 
 
@@ -131,6 +130,39 @@ def _trade(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replic
         if gains and (gain := max(gains, key=lambda g: g[:2]))[0] > 0:
             current[-gain[1]] = gain[2]
     return tuple(current)
+
+
+def _repacked(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replicas:
+    """Dissolve replicas next to each other, with spares near them, and put them together anew while that helps."""
+    swarm, current = search.swarm, list(replicas)
+    order = {worker: i for i, worker in enumerate(itertools.chain.from_iterable(sites(swarm, workers)))}
+    for _ in range(_REPACKINGS):
+        current.sort(key=lambda c: min(order[m] for members in c.arrangement for m in members))
+        for i in range(len(current)):
+            some = _window(current, i)
+            inside = [m for chain in some for members in chain.arrangement for m in members]
+            spares = sorted(_unused(current, workers), key=lambda w: abs(order[w] - order[inside[0]]))
+            inside += spares[: max(0, _WINDOW - len(inside))]
+            if not 2 <= len(inside) <= _WINDOW:
+                continue
+            better = max(packings(search, inside), key=rate, default=())
+            if rate(better) > rate(tuple(some)) * (1 + 1e-9):
+                current = [chain for chain in current if chain not in some] + list(better)
+                break
+        else:
+            break
+    return tuple(current)
+
+
+def _window(replicas: Sequence[Chain], first: int) -> list[Chain]:
+    """From `first` on, as many replicas in a row as can be put together anew."""
+    some, count = [replicas[first]], replicas[first].num_workers
+    for chain in replicas[first + 1 :]:
+        if count + chain.num_workers > _WINDOW:
+            break
+        some.append(chain)
+        count += chain.num_workers
+    return some
 
 
 def _unused(replicas: Sequence[Chain], workers: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from skynet.coordinator.planner.config import Objective
+from skynet.coordinator.planner.partitions import MAX_PARTITIONED, Partitions
 from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
 from skynet.coordinator.planner.sites import group_lists
 from skynet.coordinator.planner.swarm import Group, Swarm
@@ -17,6 +18,7 @@ _FEW_WORKERS = 12
 _SPLIT_UP_TO = 5  # ranks of a group that local search divides in every way
 _STARTS = 3  # local searches among few workers
 _POOL = 48
+_PROMISING, _FAILING = 24, 80  # layouts of few workers worked out before local search
 
 
 class Search:
@@ -32,6 +34,10 @@ class Search:
         if arrangement not in self.tried:
             self.tried[arrangement] = evaluate(self.swarm, arrangement, self.may_skip)
         return self.tried[arrangement]
+
+    def try_first(self, arrangements: Iterable[Arrangement]) -> Chain | None:
+        """The first that fits."""
+        return next((chain for chain in map(self.try_layout, arrangements) if chain is not None), None)
 
     def chains(self) -> list[Chain]:
         """All that fit."""
@@ -54,11 +60,30 @@ class Search:
             subsets = (s for k in range(1, len(workers) + 1) for s in itertools.combinations(workers, k))
             return best_of(self.exhaust(subset) for subset in subsets)
         built = [self.try_layout(arrangement) for arrangement in self._constructed(workers)]
+        if len(workers) <= MAX_PARTITIONED:
+            built += self._promising(workers)
         fitting = [chain for chain in built if chain is not None] or self._last_resort(workers)
         starts = sorted(fitting, key=lambda c: (c.value, c.num_workers, c.arrangement))
         several = _STARTS if len(workers) <= _FEW_WORKERS else 1
         distinct = list({chain.arrangement: chain for chain in starts}.values())[:several]
         return best_of([self.improve(chain, workers) for chain in distinct])
+
+    def _promising(self, workers: Sequence[int]) -> list[Chain]:
+        """The layouts with the best estimates of all: some that fit, or many that don't."""
+        partitions = Partitions(self.swarm, workers)
+        memory, need = self.swarm.memory, self.swarm.replica_bytes
+        found: list[Chain] = []
+        failed = 0
+        for partition in partitions.ranked:
+            if sum(memory[m] for members in partition.members for m in members) < need:
+                continue
+            chain = self.try_first(partitions.orders(partition))
+            if chain is not None:
+                found.append(chain)
+            failed += chain is None
+            if len(found) >= _PROMISING or failed >= _FAILING:
+                break
+        return found
 
     def _constructed(self, workers: Sequence[int]) -> Iterator[Arrangement]:
         for members in group_lists(self.swarm, workers):
@@ -140,12 +165,19 @@ class Search:
             yield (swarm.canonical(ordered),)
 
     def improve(
-        self, chain: Chain, workers: Sequence[int], moves: Callable[..., Iterable[Arrangement]] | None = None
+        self,
+        chain: Chain,
+        workers: Sequence[int],
+        moves: Callable[..., Iterable[Arrangement]] | None = None,
+        effort: float | None = None,
     ) -> Chain:
-        """Local search; then ever fewer workers, so that a smaller layout is always among those tried."""
+        """Local search; then ever fewer workers, so that a smaller layout is always among those tried.
+
+        It takes half of the effort that is left (the rest is for other replicas), or `effort`.
+        """
         if chain.num_workers > _MAX_LOCAL_WORKERS:
             return chain
-        reserve = self.effort_left / 2  # the rest is for other replicas
+        reserve = self.effort_left / 2 if effort is None else max(0.0, self.effort_left - effort)
         improved = True
         while improved and self.effort_left > reserve:
             improved = False
@@ -159,7 +191,7 @@ class Search:
                     break
                 if self.effort_left <= reserve:
                     break
-        if moves is None:
+        if moves is None and effort is None:
             self._shrink(chain)
         return chain
 

@@ -72,7 +72,10 @@ def cut_site(swarm: Swarm, site: Sequence[int], size: int) -> list[tuple[int, ..
         window = left[: max(_WINDOW, size)]
         trips = {worker: swarm.links.between(seed, worker).round_trip_s for worker in window}
         near = [w for w in window if trips[w] <= swarm.config.near_round_trip_s]
-        chosen = sorted(near, key=lambda w: (trips[w], window.index(w)))[: size - 1]
+        chosen: list[int] = []
+        for worker in sorted(near, key=lambda w: (trips[w], window.index(w))):
+            if len(chosen) < size - 1 and all(swarm.links.are_joined(worker, other) for other in chosen):
+                chosen.append(worker)
         if len(chosen) < size - 1 and len(left) >= size - 1:
             chosen = []
         left = [worker for worker in left if worker not in chosen]

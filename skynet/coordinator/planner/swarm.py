@@ -23,6 +23,8 @@ from skynet.protocol.plan import LayerSpan, RankShare
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 _FULL_VARIANTS = 6  # in larger swarms uneven memory inside one group matters less than which groups there are
+_CHOICE_BYTES = 8  # per token and chosen expert: which, and its weight
+_EXPERT_OVERHEAD = 1 / 6  # of a layer's fixed cost: what each expert in use adds to it, about ten operations of sixty
 _FEW_TOKENS = 16  # up to here weights are read once and each token adds its operations; beyond, a matrix product
 
 
@@ -78,11 +80,14 @@ class Swarm:
         min_tokens = min(config.min_context_tokens, spec.max_positions)
         self.min_blocks = -(-min_tokens // config.block_size)
         self.min_tokens = self.min_blocks * config.block_size
-        self.max_blocks = max(self.min_blocks, config.max_context_tokens // config.block_size)
+        longest = spec.max_positions
+        max_tokens = min(config.max_sequences * longest, max(config.max_context_tokens, longest))
+        self.max_blocks = max(self.min_blocks, -(-max_tokens // config.block_size))
         prompt, answer = config.prompt_tokens, config.answer_tokens
         self.decode = StepKind(1, 1, prompt + answer // 2)
         self.prefill = StepKind(prompt, 1, prompt // 2)
         self.batch = StepKind(config.batch, config.batch, prompt + answer // 2)
+        self.kv_targets = self._kv_targets()
         self.whole = whole_share(spec)
         everything = LayerSpan(0, spec.num_layers)
         self.replica_bytes = held_bytes(
@@ -94,6 +99,17 @@ class Swarm:
         self.layer_read_bytes = sum(self.costs.layer_read_bytes(self.whole, bool(spec.moe_layers), 1))
         self.share_cache: dict[tuple[float, ...], tuple[RankShare, ...]] = {}
         self._groups: dict[tuple[int, ...], Group] = {}
+
+    def _kv_targets(self) -> list[int]:
+        """Positions that allotments of layers leave room for, the most first: a replica without room for a whole batch
+        answers fewer at once. Beyond the minimum only `kv_share` of what is free becomes cache."""
+        config = self.config
+        if config.objective is not Objective.THROUGHPUT or config.kv_share == 0:
+            return [self.min_tokens]
+        per_sequence = config.prompt_tokens + config.answer_tokens
+        wanted = [min(count * per_sequence, self.max_blocks * config.block_size) for count in (config.batch, 3, 1)]
+        needed = {int((tokens - self.min_tokens) / config.kv_share) for tokens in wanted}
+        return [*(self.min_tokens + extra for extra in sorted(needed, reverse=True) if extra > 0), self.min_tokens]
 
     def group(self, members: tuple[int, ...]) -> Group:
         """The group of these workers, ranks in this order."""
@@ -121,17 +137,22 @@ class Swarm:
     def hop_s(self, previous: tuple[int, ...], following: tuple[int, ...], tokens: int) -> float:
         """Handing hidden states to the next stage: the slowest of the pairs that `StageAssignment` lays down."""
         copies = -(-len(following) // len(previous))
-        size, slowest = self.activation_bytes(tokens) * copies, 0.0
-        for i, b in enumerate(following):
-            link = self.links.between(previous[i % len(previous)], b)
-            slowest = max(slowest, link.round_trip_s / 2 + size / link.bandwidth_bytes_per_s)
+        size, slowest = self.activation_bytes(tokens), 0.0
+        links = [self.links.between(previous[i % len(previous)], b) for i, b in enumerate(following)]
+        num_relayed = sum(link.is_relayed for link in links)  # all of them pass the coordinator at once
+        for link in links:
+            at_once = num_relayed if link.is_relayed else copies
+            slowest = max(slowest, link.round_trip_s / 2 + size * at_once / link.bandwidth_bytes_per_s)
         return slowest
 
     def return_s(self, first: tuple[int, ...], last: tuple[int, ...]) -> float:
-        """The sampled token's way back to the first stage, through the coordinator."""
-        if first[0] == last[0]:
-            return self.config.step_overhead_s
-        return self.config.step_overhead_s + self.links.between(last[0], first[0]).round_trip_s / 2
+        """The sampled token's way to the coordinator, and the next step's from there to the first stage's ranks."""
+        from_last, to_first = self.links.to_coordinator_s(last[0]), [self.links.to_coordinator_s(w) for w in first]
+        measured = [s for s in (from_last, *to_first) if s is not None]
+        if from_last is not None and len(measured) == 1 + len(first):
+            return self.config.step_overhead_s + from_last + max(measured[1:])
+        trip = 0.0 if first[0] == last[0] else self.links.between(last[0], first[0]).round_trip_s
+        return self.config.step_overhead_s + (trip / 2 if trip < float("inf") else self.config.default_round_trip_s)
 
 
 @dataclass(slots=True)
@@ -147,7 +168,14 @@ class Variant:
     last_bytes: list[int]
     tied_bytes: list[int]
     times: dict[StepKind, StepTimes] = field(default_factory=dict)
-    option: Option | None = None  # for the layer allotment, made when first asked for
+    options: dict[int, Option] = field(default_factory=dict)
+
+    def option(self, kv_tokens: int) -> Option:
+        """For the layer allotment, with room for so many positions on each rank."""
+        found = self.options.get(kv_tokens)
+        if found is None:
+            found = self.options[kv_tokens] = make_option(self, kv_tokens)
+        return found
 
     def step(self, kind: StepKind) -> StepTimes:
         found = self.times.get(kind)
@@ -155,12 +183,12 @@ class Variant:
             found = self.times[kind] = self.group.step_times(self.shares, kind)
         return found
 
-    def fits(self, start: int, end: int) -> bool:
-        """Whether every rank can hold these layers with the smallest KV cache."""
+    def fits(self, start: int, end: int, kv_tokens: int | None = None) -> bool:
+        """Whether every rank can hold these layers with a KV cache of so many positions (None: the smallest)."""
         swarm = self.group.swarm
         dense, moe = swarm.costs.count(start, end)
         is_first, is_last = start == 0, end == swarm.spec.num_layers
-        tokens = swarm.min_tokens
+        tokens = swarm.min_tokens if kv_tokens is None else kv_tokens
         for r, member in enumerate(self.group.members):
             need = dense * self.dense_bytes[r] + moe * self.moe_bytes[r]
             need += (end - start) * tokens * self.kv_token_bytes[r]
@@ -178,7 +206,15 @@ class Group:
         self._variants: dict[tuple[RankShare, ...], Variant] = {}
         links = [swarm.links.between(a, b) for i, a in enumerate(members) for b in members[:i]]
         self.round_trip_s = max((link.round_trip_s for link in links), default=0.0)
-        self.bandwidth = min((link.bandwidth_bytes_per_s for link in links), default=float("inf"))
+        self.is_joined = self.round_trip_s < float("inf")  # every two of them can talk to each other
+        direct = [link.bandwidth_bytes_per_s for link in links if not link.is_relayed]
+        relayed = [link.bandwidth_bytes_per_s for link in links if link.is_relayed]
+        # Seconds per byte of everybody sending to everybody: a rank's copies share its own link, and all relayed ones
+        # of the group, both ways, share the coordinator's.
+        self.copy_s_per_byte = max(
+            (len(members) - 1) / min(direct, default=float("inf")),
+            2 * len(relayed) / min(relayed, default=float("inf")),
+        )
         self.read_rates = [swarm.read_rate[m] for m in members]
         if swarm.config.hosts_share_bandwidth:
             hosts = [swarm.hosts[m] for m in members]
@@ -213,15 +249,30 @@ class Group:
         if ranks == 1:
             return 0.0
         trip = self.round_trip_s * self.swarm.config.exchange_round_trips
-        copy_s = self.swarm.activation_bytes(tokens) / self.bandwidth
-        return min(trip + (ranks - 1) * copy_s, 2 * trip + 2 * (ranks - 1) / ranks * copy_s)
+        copies_s = self.swarm.activation_bytes(tokens) * self.copy_s_per_byte
+        return min(trip + copies_s, 2 * trip + 2 / ranks * copies_s)
+
+    def choice_s(self, tokens: int) -> float:
+        """Rank 0 of a mixture layer scores the experts and tells the others; nobody goes on before."""
+        spec = self.swarm.spec
+        weights = spec.num_experts * spec.hidden_size
+        rates = (self.read_rates[0], self.swarm.flops_rate[self.members[0]])
+        score_s = phase_s(weights * self.swarm.element_bytes, 2.0 * weights, tokens, *rates)
+        if len(self.members) == 1:
+            return score_s
+        size = tokens * spec.experts_per_token * _CHOICE_BYTES
+        return score_s + self.round_trip_s / 2 + size * self.copy_s_per_byte
 
     def step_times(self, shares: tuple[RankShare, ...], kind: StepKind) -> StepTimes:
         swarm, exchange = self.swarm, self.exchange_s(kind.tokens)
         overhead = max(swarm.overhead_s[m] for m in self.members)
         has_dense, has_moe = swarm.costs.count(0, swarm.spec.num_layers)
         dense = self._layer_s(shares, kind, False) + 2 * exchange + overhead if has_dense else 0.0
-        moe = self._layer_s(shares, kind, True) + 2 * exchange + overhead if has_moe else 0.0
+        moe = 0.0
+        if has_moe:
+            experts = swarm.costs.experts_used(kind.tokens)
+            moe = self._layer_s(shares, kind, True) + 2 * exchange + self.choice_s(kind.tokens)
+            moe += overhead * (1 + experts * _EXPERT_OVERHEAD)
         head, head_row_bytes = 0.0, swarm.spec.hidden_size * swarm.element_bytes
         for r, member in enumerate(self.members):
             rows, flops = len(shares[r].vocab), 2.0 * swarm.spec.hidden_size
@@ -298,25 +349,22 @@ class Group:
                     targets.append(LayerSpan(1, 1 + count))
         return targets
 
-    def options(self) -> list[Option]:
+    def options(self, kv_tokens: int) -> list[Option]:
         """For `allot`, in the order of `variants`."""
-        for variant in self.variants:
-            if variant.option is None:
-                variant.option = make_option(variant)
-        return [variant.option for variant in self.variants if variant.option is not None]
+        return [variant.option(kv_tokens) for variant in self.variants]
 
     def hop_cost(self, previous: Group) -> float:
-        """What entering this group from another costs by the objective."""
+        """What entering this group from another costs by the objective; infinite where that can't be."""
         swarm, config = self.swarm, self.swarm.config
-        if config.objective is not Objective.LATENCY:
-            return 0.0
         members = (previous.members, self.members)
+        if config.objective is Objective.THROUGHPUT:
+            return swarm.hop_s(*members, swarm.batch.tokens)
         prefill_s = swarm.hop_s(*members, swarm.prefill.tokens)
         return swarm.hop_s(*members, 1) + prefill_s / config.answer_tokens
 
 
-def make_option(variant: Variant) -> Option:
-    """A variant's costs by the objective, and what fits."""
+def make_option(variant: Variant, kv_tokens: int) -> Option:
+    """A variant's costs by the objective, and what fits beside a cache of so many positions."""
     swarm = variant.group.swarm
     num_layers, objective = swarm.spec.num_layers, swarm.config.objective
     match objective:
@@ -335,50 +383,52 @@ def make_option(variant: Variant) -> Option:
     before = swarm.costs.moe_before
     return Option(
         prefix=[(i - before[i]) * dense + before[i] * moe for i in range(num_layers + 1)],
-        low=_low(variant),
-        first_end=_most_at_end(variant, is_first=True),
-        last_start=num_layers - _most_at_end(variant, is_first=False),
-        fits_whole=variant.fits(0, num_layers),
+        low=_low(variant, kv_tokens),
+        first_end=_most_at_end(variant, kv_tokens, is_first=True),
+        last_start=num_layers - _most_at_end(variant, kv_tokens, is_first=False),
+        fits_whole=variant.fits(0, num_layers, kv_tokens),
         first_cost=first,
         last_cost=last,
         whole_cost=whole,
     )
 
 
-def _low(variant: Variant) -> list[int]:
+def _low(variant: Variant, kv_tokens: int) -> list[int]:
     """For each end the first start such that the layers between fit as a middle stage."""
     swarm = variant.group.swarm
     num_layers = swarm.spec.num_layers
     if swarm.costs.moe_before[num_layers] in (0, num_layers):  # all layers alike
-        most = _most_alike(variant, [0] * len(variant.shares))
+        most = _most_alike(variant, kv_tokens, [0] * len(variant.shares))
         return [max(0, i - most) for i in range(num_layers + 1)]
     low, start = [0], 0
     for end in range(1, num_layers + 1):
-        while start < end and not variant.fits(max(start, 1), min(end, num_layers - 1)):
+        while start < end and not variant.fits(max(start, 1), min(end, num_layers - 1), kv_tokens):
             start += 1
         low.append(start)
     return low
 
 
-def _most_alike(variant: Variant, extra_bytes: list[int]) -> int:
+def _most_alike(variant: Variant, kv_tokens: int, extra_bytes: list[int]) -> int:
     """Most layers that fit beside `extra_bytes` per rank, in a model whose layers are all alike."""
     swarm = variant.group.swarm
     per_layer = variant.moe_bytes if swarm.spec.moe_layers else variant.dense_bytes
-    kv_tokens = swarm.min_tokens
     return min(
         max(0, swarm.memory[member] - extra_bytes[r]) // (per_layer[r] + kv_tokens * variant.kv_token_bytes[r])
         for r, member in enumerate(variant.group.members)
     )
 
 
-def _most_at_end(variant: Variant, is_first: bool) -> int:
+def _most_at_end(variant: Variant, kv_tokens: int, *, is_first: bool) -> int:
     """Most layers that fit in the first or the last stage of several."""
     swarm, num_layers = variant.group.swarm, variant.group.swarm.spec.num_layers
     if swarm.costs.moe_before[num_layers] in (0, num_layers):
-        return min(num_layers - 1, _most_alike(variant, variant.first_bytes if is_first else variant.last_bytes))
-    return _largest(
-        num_layers - 1, lambda n: variant.fits(0, n) if is_first else variant.fits(num_layers - n, num_layers)
-    )
+        ends = variant.first_bytes if is_first else variant.last_bytes
+        return min(num_layers - 1, _most_alike(variant, kv_tokens, ends))
+
+    def holds(n: int) -> bool:
+        return variant.fits(0, n, kv_tokens) if is_first else variant.fits(num_layers - n, num_layers, kv_tokens)
+
+    return _largest(num_layers - 1, holds)
 
 
 def _largest(upper: int, holds: Callable[[int], bool]) -> int:
