@@ -17,7 +17,8 @@ from typing import Any, TypeVar, assert_never
 from skynet import __version__
 from skynet.coordinator.administration import Administration
 from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
-from skynet.coordinator.engine import Engine, EngineConfig
+from skynet.coordinator.engine import Engine
+from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.planner import Layout, Objective, PlannerConfig
 from skynet.coordinator.served import ServedModel, open_model

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from skynet.coordinator.engine import Engine, EngineConfig
+from skynet.coordinator.engine import Engine
+from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.planner import Layout, PlannerConfig
 from skynet.coordinator.replica import Phase
@@ -173,7 +174,7 @@ class Stage:
             return False
         heard = self.heard.setdefault((step.epoch, step.step), set())
         heard.add(worker_id)
-        replica = next(r for r in [*self.engine.replicas, *self.engine._preparing] if r.epoch == step.epoch)
+        replica = next(r for r in [*self.engine.replicas, *self.engine.fleet.preparing] if r.epoch == step.epoch)
         if heard == replica.workers:
             self.num_steps += 1
             number, loop = self.num_steps, asyncio.get_running_loop()
@@ -230,8 +231,8 @@ class Stage:
     def leftovers(self) -> list[object]:
         """Requests, sequences, blocks, leases and shards that aren't in service."""
         engine = self.engine
-        sequences = [*engine.requests.by_id, *engine.requests.by_sequence, *engine._queue, *engine._behind]
-        transitions = [*engine._preparing, *engine._asked]
+        sequences = [*engine.requests.by_id, *engine.requests.by_sequence, *engine.fleet.queue, *engine.answers.behind]
+        transitions = [*engine.fleet.preparing, *engine.stepper.asked]
         blocks = [
             (r.epoch, r.scheduler.blocks.num_free)
             for r in engine.replicas
@@ -497,7 +498,7 @@ def test_answers_cancelled_while_they_are_moved_leave_no_blocks(model: ServedMod
         await until(lambda: stage.num_steps > 5)
 
         def at_step(_: int, moment: str) -> None:
-            if stage.engine._preparing and moment == "sent":
+            if stage.engine.fleet.preparing and moment == "sent":
                 for request in list(stage.engine.requests.by_id.values())[:1]:
                     stage.engine.cancel(CLIENT, request.request_id)
 
@@ -572,9 +573,9 @@ def test_two_who_ask_at_once_both_hear_the_answers(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         await start(stage, "a", "b")
         engine, both = stage.engine, frozenset(stage.serving())
-        first = asyncio.create_task(engine._evict_silent(both))
+        first = asyncio.create_task(engine.stepper.evict_silent(both))
         await asyncio.sleep(0)
-        await asyncio.gather(first, engine._evict_silent(both))
+        await asyncio.gather(first, engine.stepper.evict_silent(both))
         assert set(engine.membership.members) == both
 
     play(model, act)
@@ -672,7 +673,7 @@ def test_client_that_does_not_read_is_told_in_order_when_it_reads_again(model: S
         client.reads = True
         await client.ended.wait()
         assert len(client.token_ids) == NUM_TOKENS
-        assert not stage.engine._behind
+        assert not stage.engine.answers.behind
 
     play(model, act)
 

@@ -1,0 +1,255 @@
+"""Requests from Submit to Finished: admitted, handed to replicas, told to their clients, cancelled, given up."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from skynet.coordinator.engine_config import EngineConfig
+from skynet.coordinator.fleet import Fleet
+from skynet.coordinator.replica import ReplicaFault
+from skynet.coordinator.requests import FinishReason, Request, RequestTable, end_of_answer, node_of
+from skynet.coordinator.scheduler import Sequence, SequenceProgress
+from skynet.coordinator.served import ServedModel
+from skynet.coordinator.text import AnswerText
+from skynet.errors import CapacityError, ConfigError, RequestFailed, SkyNetError
+from skynet.protocol.ids import PeerId, RequestId, SequenceId
+from skynet.protocol.messages import Failed, Finished, Notice, Submit, ToClient, Tokens
+from skynet.protocol.steps import SequencePart
+
+logger = logging.getLogger(__name__)
+Tell = Callable[[PeerId, ToClient], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A Submit as tokens."""
+
+    ids: list[int]
+    max_tokens: int
+    eos_ids: frozenset[int]
+    text: AnswerText  # with what the client has received pushed into it
+
+
+class Answers:
+    """See the module. A fault anywhere ends an epoch, never a request: its sequence goes on with the ids it has.
+
+    `tell` sends a message to a client and never waits. False: it isn't connected or doesn't read; it is told later.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ServedModel,
+        fleet: Fleet,
+        tell: Tell,
+        on_change: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.requests = RequestTable()
+        self.behind: dict[tuple[str, RequestId], Request] = {}  # whose clients don't read as fast as they are told
+        self._config = config
+        self._model = model
+        self._fleet = fleet
+        self._tell = tell
+        self._on_change = on_change
+        self._clock = clock
+        self._sequence_ids = itertools.count(1)
+
+    # -- from clients
+
+    def submit(self, submit: Submit, client: PeerId) -> None:
+        """Start a request, or go on with one that was begun. Refusals are told to the client."""
+        try:
+            known = self.requests.find(node_of(client), submit.request_id)
+            if known is not None:
+                self._resume(known, submit, client)
+            else:
+                self._begin(submit, client)
+        except (SkyNetError, ValueError) as exc:
+            self._tell(client, Failed(request_id=submit.request_id, error=type(exc).__name__, text=str(exc)))
+
+    def _begin(self, submit: Submit, client: PeerId) -> None:
+        self._check_room(client)
+        prompt = self._read(submit)
+        if reason := end_of_answer(submit.received, prompt.text, prompt.eos_ids, prompt.max_tokens):
+            self._tell_end(submit, client, len(prompt.ids), reason, prompt.text)
+            return
+        sequence = Sequence(
+            sequence_id=SequenceId(next(self._sequence_ids)),
+            user=node_of(client),
+            token_ids=[*prompt.ids, *submit.received],
+            num_prompt=len(prompt.ids),
+            max_tokens=prompt.max_tokens,
+            eos_ids=prompt.eos_ids,
+            sampling=submit.sampling,
+        )
+        wait_until = self._clock() + submit.timeout_s
+        self.requests.add(
+            Request(submit=submit, client=client, sequence=sequence, text=prompt.text, wait_until=wait_until)
+        )
+        self._on_change()
+        self.dispatch([sequence])
+
+    def _check_room(self, client: PeerId) -> None:
+        if len(self.requests.by_id) >= self._config.max_requests:
+            raise CapacityError(
+                f"{len(self.requests.by_id)} requests are in progress, at most that many run; try again later"
+            )
+        if (num_own := self.requests.num_of(node_of(client))) >= self._config.max_node_requests:
+            raise CapacityError(f"{num_own} of your requests are in progress, no node may have more; wait for some")
+
+    def _read(self, submit: Submit) -> _Prompt:
+        spec = self._model.spec
+        if any(not 0 <= token_id < spec.vocab_size for token_id in submit.received):
+            raise ConfigError(f"received token ids must lie in [0, {spec.vocab_size}), some don't")
+        ids = self._model.prompt_ids(submit)
+        limit = spec.max_positions
+        if len(ids) + 1 > limit:
+            raise CapacityError(f"the prompt has {len(ids)} tokens, the model takes at most {limit - 1}")
+        text = self._model.answer_text(submit, ids)
+        for token_id in submit.received:
+            text.push(token_id)
+        eos_ids = frozenset() if submit.ignore_eos else self._model.eos_ids
+        return _Prompt(ids, min(submit.max_tokens, limit - len(ids)), eos_ids, text)
+
+    def _tell_end(
+        self, submit: Submit, client: PeerId, num_prompt: int, reason: FinishReason, text: AnswerText
+    ) -> None:
+        """A client came back with a whole answer: tell it the rest of the text and that it is complete."""
+        num_received = len(submit.received)
+        if rest := text.close():
+            self._tell(client, Tokens(request_id=submit.request_id, position=num_received, token_ids=(), text=rest))
+        self._tell(
+            client,
+            Finished(
+                request_id=submit.request_id, reason=reason, prompt_tokens=num_prompt, completion_tokens=num_received
+            ),
+        )
+
+    def _resume(self, request: Request, submit: Submit, client: PeerId) -> None:
+        """The client came back: repeat what it hasn't got."""
+        request.client, request.orphaned_at = client, None
+        request.rewind(len(submit.received))
+        self._flush(request)
+
+    def cancel(self, client: PeerId, request_id: RequestId) -> None:
+        """Free everything of a client's request at once; unknown ones are fine."""
+        request = self.requests.find(node_of(client), request_id)
+        if request is not None and request.end is None:
+            request.client = client
+            self._finish(request, "cancelled")
+
+    def client_gone(self, client: PeerId) -> None:
+        """Keep its answers for a while: it may come back."""
+        for request in [*self.requests.of_client(client), *(r for r in self.behind.values() if r.client == client)]:
+            request.orphaned_at = self._clock()
+            self.behind.pop(request.key, None)
+
+    # -- to replicas
+
+    def dispatch(self, sequences: Iterable[Sequence] = ()) -> None:
+        """Hand these and the queue to replicas, least loaded first; what no replica can take waits in the queue."""
+        self._fleet.queue.extend(sequences)
+        serving = self._fleet.serving
+        for sequence in self._fleet.take_queue():
+            request = self.requests.by_sequence.get(sequence.sequence_id)
+            if request is None:
+                continue
+            if not serving:
+                self._fleet.queue.append(sequence)
+                continue
+            replica = min(serving, key=lambda r: r.scheduler.num_sequences)
+            try:
+                replica.scheduler.add(sequence)
+            except CapacityError as exc:
+                self._fail(request, exc)
+            else:
+                replica.wake.set()
+        if self._fleet.queue and self._fleet.shortage is not None:
+            self._notify_shortage(self._fleet.shortage)
+
+    def _notify_shortage(self, shortage: CapacityError) -> None:
+        for sequence in self._fleet.queue:
+            request = self.requests.by_sequence[sequence.sequence_id]
+            text = f"waiting for workers: {shortage}"
+            if request.notice != text and self._tell(request.client, Notice(request_id=request.request_id, text=text)):
+                request.notice = text
+
+    # -- from replicas
+
+    def take(self, progress: SequenceProgress) -> None:
+        """A sequence got its next token."""
+        request = self.requests.by_sequence.get(progress.sequence_id)
+        if request is None:
+            return
+        try:
+            self._take(request, progress.token_id, progress.finish_reason)
+        except Exception as exc:  # a bug of ours: it ends this answer and no other
+            logger.exception("answer not told request=%s", request.request_id)
+            self._fail(request, RequestFailed(f"the coordinator couldn't go on with this answer: {exc!r}"))
+
+    def _take(self, request: Request, token_id: int, reason: FinishReason | None) -> None:
+        request.num_faults = 0
+        request.take(token_id)
+        if request.text.is_stopped:
+            reason = "stop"
+        if reason is None:
+            self._flush(request)
+        else:
+            self._finish(request, reason)
+
+    def blame(self, parts: Iterable[SequencePart], fault: ReplicaFault) -> None:
+        """No worker was lost, yet the step failed: a request that keeps failing ends, so that others go on."""
+        for part in parts:
+            request = self.requests.by_sequence.get(part.sequence_id)
+            if request is None:
+                continue
+            request.num_faults += 1
+            if request.num_faults >= self._config.max_faults:
+                self._fail(
+                    request, RequestFailed(f"its steps failed {request.num_faults} times in a row; the last: {fault}")
+                )
+
+    # -- to clients
+
+    def _flush(self, request: Request) -> None:
+        """Tell the client what it hasn't been told, in order; `look_after` goes on where it didn't read."""
+        while request.orphaned_at is None and (message := request.untold()) is not None:
+            if not self._tell(request.client, message):
+                self.behind[request.key] = request
+                return
+            request.told(message)
+        self.behind.pop(request.key, None)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish(reason)
+        self._close(request)
+
+    def _fail(self, request: Request, error: SkyNetError) -> None:
+        request.end = Failed(request_id=request.request_id, error=type(error).__name__, text=str(error))
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        self._fleet.drop(request.sequence.sequence_id)
+        self.requests.close(request)
+        self._on_change()
+        self._flush(request)
+
+    # -- the passing of time
+
+    def look_after(self, now: float) -> None:
+        """Clients that fell behind, answers whose client is gone, requests that have waited long enough."""
+        for request in list(self.behind.values()):
+            self._flush(request)
+        queued = {s.sequence_id for s in self._fleet.queue}
+        for request in list(self.requests.by_id.values()):
+            if request.orphaned_at is not None and now - request.orphaned_at > self._config.orphan_s:
+                self._finish(request, "cancelled")
+            elif request.sequence.sequence_id not in queued:
+                request.wait_until = now + request.submit.timeout_s
+            elif now > request.wait_until:
+                reason = self._fleet.shortage or CapacityError("no replica became ready")
+                self._fail(request, CapacityError(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))

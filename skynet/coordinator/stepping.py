@@ -1,0 +1,149 @@
+"""Runs replicas' steps, one task each, and finds out who is to blame when one is late or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from skynet.coordinator.answers import Answers
+from skynet.coordinator.engine_config import EngineConfig
+from skynet.coordinator.fleet import Fleet
+from skynet.coordinator.membership import Membership
+from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
+from skynet.coordinator.scheduler import Step
+from skynet.protocol.ids import WorkerId
+from skynet.protocol.messages import Ping
+from skynet.protocol.steps import SequencePart
+
+logger = logging.getLogger(__name__)
+
+
+class Stepper:
+    """See the module. `lost` is told of workers that don't answer, `replan` when an epoch ended before its time."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        vocab_size: int,
+        fleet: Fleet,
+        answers: Answers,
+        membership: Membership,
+        transport: Transport,
+        lost: Callable[[WorkerId, str], None],
+        replan: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.asked: list[dict[WorkerId, asyncio.Event]] = []  # who was asked whether it lives, by each who asks
+        self._config = config
+        self._vocab_size = vocab_size
+        self._fleet = fleet
+        self._answers = answers
+        self._membership = membership
+        self._transport = transport
+        self._lost = lost
+        self._replan = replan
+        self._clock = clock
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, replica: Replica) -> None:
+        """Serve with this replica until it is taken out of service."""
+        replica.serving = asyncio.create_task(self._serve(replica), name=f"serve-{replica.epoch}")
+        self._tasks.add(replica.serving)
+        replica.serving.add_done_callback(self._has_ended)
+
+    async def stop(self) -> None:
+        """End every serving task."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _has_ended(self, serving: asyncio.Task[None]) -> None:
+        self._tasks.discard(serving)
+        if not serving.cancelled() and (exc := serving.exception()) is not None:
+            logger.critical("serving ended by a bug task=%s", serving.get_name(), exc_info=exc)
+            self._replan()
+
+    async def _serve(self, replica: Replica) -> None:
+        """Whatever ends this early is a fault of the replica's epoch."""
+        step: Step | None = None
+        while replica.phase is Phase.SERVING:
+            replica.wake.clear()
+            step = None
+            try:
+                async with replica.lock:
+                    step = replica.scheduler.form_step(self._clock()) if replica.phase is Phase.SERVING else None
+                    token_ids = await self.execute(replica, step.parts) if step is not None else ()
+                if step is not None:
+                    for progress in replica.scheduler.apply(step, token_ids, self._clock()):
+                        self._answers.take(progress)
+            except ReplicaFault as fault:
+                replica.fail(fault)
+            except Exception as exc:  # a bug of ours ends an epoch like any fault, and loudly
+                logger.exception("serving failed epoch=%s", replica.epoch)
+                replica.fail(ReplicaFault(f"the coordinator failed: {exc!r}"))
+            if step is None:
+                await replica.wake.wait()
+            else:
+                await asyncio.sleep(0)  # let arrivals in between steps
+        if replica.phase is Phase.BROKEN:
+            await self._broken(replica, () if step is None else step.parts)
+
+    async def execute(self, replica: Replica, parts: tuple[SequencePart, ...]) -> tuple[int, ...]:
+        """One step; when it is late, its workers must show that they live. Raises ReplicaFault."""
+        predicted = replica.predicted_step_s(sum(len(part.token_ids) for part in parts))
+        patience_s = max(self._config.step_floor_s, self._config.step_slack * predicted)
+        running = asyncio.ensure_future(replica.execute(parts, max(self._config.hard_step_s, patience_s)))
+        try:
+            while True:
+                done, _ = await asyncio.wait({running}, timeout=patience_s)
+                if done:
+                    token_ids = running.result()
+                    if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
+                        raise ReplicaFault(f"a step of epoch {replica.epoch} sampled ids outside the vocabulary")
+                    return token_ids
+                logger.warning("step late epoch=%s after_s=%.1f predicted_s=%.3f", replica.epoch, patience_s, predicted)
+                await self.evict_silent(replica.workers)
+        finally:
+            running.cancel()
+
+    async def evict_silent(self, workers: frozenset[WorkerId]) -> None:
+        """Ask workers whether they live; those that don't say so in time are lost. Several may ask at once."""
+        members = {w: self._membership.members[w] for w in workers if w in self._membership.members}
+        asked = {w: asyncio.Event() for w in members}
+        self.asked.append(asked)
+        asked_at = self._clock()
+        try:
+            for worker_id in asked:
+                self._transport.send_control(worker_id, Ping(nonce=0))
+            async with asyncio.timeout(self._config.ping_s):
+                for event in asked.values():
+                    await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.asked = [other for other in self.asked if other is not asked]
+        for worker_id, member in members.items():
+            is_same = self._membership.members.get(worker_id) is member  # one that joined again wasn't asked
+            if is_same and not asked[worker_id].is_set() and member.last_heard < asked_at:
+                self._lost(worker_id, f"didn't answer within {self._config.ping_s} s while its step was late")
+
+    def on_pong(self, worker_id: WorkerId) -> None:
+        for asked in self.asked:
+            if worker_id in asked:
+                asked[worker_id].set()
+
+    async def _broken(self, replica: Replica, parts: tuple[SequencePart, ...]) -> None:
+        """An epoch ended before its time: find out who is gone, go on in the next one."""
+        fault = replica.fault
+        assert fault is not None or replica not in self._fleet.replicas
+        self._fleet.release(replica)
+        if fault is None:
+            return  # released by somebody who knew why
+        logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
+        self._answers.dispatch()  # others may go on with its sequences at once
+        if not fault.is_loss:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
+            await self.evict_silent(fault.suspects or replica.workers)
+            if replica.workers <= self._membership.members.keys():
+                self._answers.blame(parts, fault)
+        self._replan()
