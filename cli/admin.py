@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .ask import Coordinator, Invite, SwarmName
-from .common import config_dir, coordinator_from_environment, fail, run_async
+from skynet.client.environment import Environment
+
+from .ask import Coordinator, Invite, SwarmName, client_config
+from .common import fail, run_async
 
 if TYPE_CHECKING:
+    from skynet.protocol.ids import RequestId
     from skynet.protocol.messages import AdminMessage
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the coordinator's answer as JSON.")]
@@ -39,20 +42,23 @@ def _ask(message: AdminMessage, as_json: bool, coordinator: str | None, swarm: s
     from skynet.client.admin import command, has_own_coordinator
     from skynet.client.swarm import ClientConfig
 
+    config_dir = Environment.read().config_dir
     # On the coordinator's own machine its Unix socket comes before an address that is meant for other commands.
-    if coordinator is None and not has_own_coordinator(config_dir()):
-        coordinator = coordinator_from_environment()
-    config = ClientConfig(coordinator=coordinator, swarm=swarm, invite=invite, config_dir=config_dir())
+    if coordinator is None and swarm is None and has_own_coordinator(config_dir):
+        config = ClientConfig(config_dir=config_dir)
+    else:
+        config = client_config(coordinator, swarm, invite)
     try:
         answer = run_async(command(message, config))
     except Exception as exc:
         fail(exc)
-    assert isinstance(answer, dict)
     typer.echo(json.dumps(answer) if as_json else answer["text"])
 
 
-def _id() -> str:
-    return uuid.uuid4().hex
+def _id() -> RequestId:
+    from skynet.protocol.ids import RequestId
+
+    return RequestId(uuid.uuid4().hex)
 
 
 def create(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import cache_dir, config_dir, coordinator_from_environment, fail, hub_endpoint, run_async
+from skynet.client.environment import Environment
+
+from .common import fail, run_async
+
+if TYPE_CHECKING:
+    from skynet.client.swarm import ClientConfig, Completion, Swarm
 
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 Coordinator = Annotated[
-    str | None, typer.Option("--coordinator", help="HOST or HOST:PORT, when it isn't found by itself.")
+    str | None,
+    typer.Option("--coordinator", help="HOST or HOST:PORT, when it isn't found by itself. Also SKYNET_COORDINATOR."),
 ]
 SwarmName = Annotated[str | None, typer.Option("--swarm", help="Which swarm, when several are found.")]
 Invite = Annotated[str | None, typer.Option("--invite", help="An invite, the first time, where the swarm wants one.")]
@@ -39,14 +45,16 @@ def register(app: typer.Typer) -> None:
     )(plan)
 
 
-def _client_config(coordinator: str | None, swarm: str | None, invite: str | None) -> object:
+def client_config(coordinator: str | None, swarm: str | None, invite: str | None) -> ClientConfig:
+    """Where the swarm is: as the options say, else as the environment says."""
     from skynet.client.swarm import ClientConfig
 
+    environment = Environment.read()
     return ClientConfig(
-        coordinator=coordinator or coordinator_from_environment(),
-        swarm=swarm,
-        invite=invite,
-        config_dir=config_dir(),
+        coordinator=coordinator or environment.coordinator,
+        swarm=swarm or environment.swarm,
+        invite=invite or environment.invite,
+        config_dir=environment.config_dir,
     )
 
 
@@ -78,7 +86,7 @@ def infer(
             prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
             stop=tuple(stop or ()), timeout_s=timeout, model=model,
         )  # fmt: skip
-        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+        async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             answer = await _stream(connected, completion, is_quiet=as_json)
         if as_json:
             typer.echo(json.dumps(answer))
@@ -89,12 +97,8 @@ def infer(
         fail(exc)
 
 
-async def _stream(swarm: object, completion: object, is_quiet: bool) -> dict[str, object]:
+async def _stream(swarm: Swarm, completion: Completion, is_quiet: bool) -> dict[str, object]:
     """Print an answer as it comes, then its figures on stderr."""
-    from skynet.client.swarm import Completion, Swarm
-
-    assert isinstance(swarm, Swarm)
-    assert isinstance(completion, Completion)
     answer = swarm.complete(completion)
     async for event in answer:
         if event.notice is not None:
@@ -127,7 +131,7 @@ def chat(
     from skynet.protocol.messages import ChatMessage
 
     async def run() -> None:
-        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+        async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             turns = [ChatMessage(role="system", content=system)] if system else []
             typer.echo("Type a message; an empty line or Ctrl-D ends.", err=True)
             while line := await _read_line():
@@ -150,7 +154,8 @@ async def _read_line() -> str:
 
     if sys.stdin.isatty():
         typer.echo("> ", nl=False, err=True)
-    return (await asyncio.to_thread(sys.stdin.readline)).strip()
+    line: str = await asyncio.to_thread(sys.stdin.readline)
+    return line.strip()
 
 
 def status(
@@ -167,7 +172,7 @@ def status(
     async def run() -> None:
         import asyncio
 
-        async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+        async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             while True:
                 facts = await connected.status()
                 if as_json:
@@ -202,14 +207,16 @@ def plan(
     from skynet.client.planning import plan_for
     from skynet.client.swarm import Swarm
 
+    environment = Environment.read()
+
     async def run() -> str:
         profiles = None
         if workers is None:
-            async with Swarm(_client_config(coordinator, swarm, invite)) as connected:  # type: ignore[arg-type]
+            async with Swarm(client_config(coordinator, swarm, invite)) as connected:
                 profiles = await connected.profiles()
         return plan_for(
             model, workers, profiles, objective=objective, layout=layout, dtype=dtype, as_json=as_json,
-            cache_dir=cache_dir(), hub_endpoint=hub_endpoint(),
+            cache_dir=environment.cache_dir, hub_endpoint=environment.hub_endpoint,
         )  # fmt: skip
 
     try:

@@ -1,16 +1,16 @@
-"""What the commands share: where files lie, sizes in words, errors, and logging."""
+"""What the commands share: sizes in words, errors, and logging."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
 
 import typer
 
+T = TypeVar("T")
 SIZE = re.compile(r"(?i)^\s*([0-9]+(?:\.[0-9]+)?)\s*(b|kb|mb|gb|tb|kib|mib|gib|tib|k|m|g|t|ki|mi|gi|ti)?\s*$")
 FACTORS = {"": 1, "b": 1} | {
     unit + suffix: base**power
@@ -18,28 +18,6 @@ FACTORS = {"": 1, "b": 1} | {
     for unit, base, suffixes in ((letter, 1000, ("", "b")), (letter + "i", 1024, ("", "b")))
     for suffix in suffixes
 }
-
-
-def config_dir() -> Path:
-    """Keys and pins: SKYNET_CONFIG_DIR, or the user's own configuration directory."""
-    named = os.environ.get("SKYNET_CONFIG_DIR")
-    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(named) if named else Path(base) / "skynet"
-
-
-def cache_dir() -> Path:
-    """Model chunks: SKYNET_CACHE_DIR, or the user's own cache directory."""
-    named = os.environ.get("SKYNET_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "skynet"
-
-
-def coordinator_from_environment() -> str | None:
-    return os.environ.get("SKYNET_COORDINATOR") or None
-
-
-def hub_endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
 
 
 def parse_size(text: str | None) -> int | None:
@@ -77,12 +55,12 @@ def set_up_logging(verbosity: str) -> None:
         logging.getLogger(noisy).setLevel("WARNING")
 
 
-def run_async(main: object) -> object:
+def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop where there is one."""
     import asyncio
 
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)  # type: ignore[arg-type]
-    return uvloop.run(main)  # type: ignore[arg-type]
+        return asyncio.run(main)
+    return uvloop.run(main)

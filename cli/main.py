@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from skynet.client.environment import VARIABLES
+
 from . import admin, ask, serve
 from .common import fail
 
@@ -19,6 +21,8 @@ app = typer.Typer(
     'Start `skynet coordinator` on one machine, `skynet worker` on others, then `skynet infer "your prompt"`.\n\n'
     "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file, 3 protocol, 4 no coordinator found, 5 not admitted, "
     "6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted.",
+    epilog="Environment, where no option says otherwise:\n\n"
+    + "\n\n".join(f"{name}: {meaning}." for name, meaning in VARIABLES.items()),
 )
 
 

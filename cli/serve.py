@@ -7,16 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import (
-    cache_dir,
-    config_dir,
-    coordinator_from_environment,
-    fail,
-    hub_endpoint,
-    parse_size,
-    run_async,
-    set_up_logging,
-)
+from skynet.client.environment import Environment
+
+from .ask import Coordinator, Invite, SwarmName
+from .common import fail, parse_size, run_async, set_up_logging
 
 Verbosity = Annotated[
     Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="How much to say.")
@@ -56,7 +50,18 @@ def coordinator(
         int, typer.Option(min=0, max=65535, help="TCP port for newcomers; the other ports are chosen freely. 0: any.")
     ] = 47100,
     bind: Annotated[
-        list[str] | None, typer.Option(help="Listen on this address instead of the local networks; forces invites.")
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Listen on this address instead of the local networks'; 0.0.0.0: on all. Forces invites.",
+        ),
+    ] = None,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Name or address of a router that forwards our ports, for invites; may be given several times.",
+        ),
     ] = None,
     admission: Annotated[
         str | None, typer.Option(help="Who may enter: lan, approve or invite. Default: as before, lan at first.")
@@ -71,6 +76,7 @@ def coordinator(
     set_up_logging(log_level)
     from skynet.coordinator.server import CoordinatorConfig, serve
 
+    environment = Environment.read()
     try:
         config = CoordinatorConfig(
             model=model,
@@ -81,13 +87,14 @@ def coordinator(
             context_tokens=context,
             port=port,
             bind=tuple(bind or ()),
+            announce=tuple(announce or ()),
             admission=admission,
             mdns=mdns,
             database=database,
             lease_s=lease_s,
-            config_dir=config_dir(),
-            cache_dir=cache_dir(),
-            hub_endpoint=hub_endpoint(),
+            config_dir=environment.config_dir,
+            cache_dir=environment.cache_dir,
+            hub_endpoint=environment.hub_endpoint,
         )
         run_async(serve(config))
     except Exception as exc:
@@ -107,11 +114,12 @@ def worker(
     name: Annotated[
         str | None, typer.Option(help="Keeps several workers of one machine apart. Default: the device.")
     ] = None,
-    coordinator: Annotated[str | None, typer.Option(help="HOST or HOST:PORT, when it isn't found by itself.")] = None,
-    swarm: Annotated[str | None, typer.Option(help="Which swarm, when several are found.")] = None,
-    invite: Annotated[str | None, typer.Option(help="An invite printed by `skynet invite create`.")] = None,
+    coordinator: Coordinator = None,
+    swarm: SwarmName = None,
+    invite: Invite = None,
     listen: Annotated[
-        list[str] | None, typer.Option(help="Further addresses under which peers reach this machine.")
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Further addresses under which peers reach this machine."),
     ] = None,
     experimental: Annotated[bool, typer.Option(help="Allow devices that nobody has tested.")] = False,
     log_level: Verbosity = "info",
@@ -122,21 +130,22 @@ def worker(
         raise typer.BadParameter("--gpu and --device both name a device; give one of them")
     from skynet.worker.agent import WorkerConfig, serve  # imports torch, which takes a second
 
+    environment = Environment.read()
     try:
         config = WorkerConfig(
             device=f"cuda:{gpu}" if gpu is not None else device,
             threads=threads,
             memory_bytes=memory_bytes,
             name=name,
-            coordinator=coordinator or coordinator_from_environment(),
-            swarm=swarm,
-            invite=invite,
+            coordinator=coordinator or environment.coordinator,
+            swarm=swarm or environment.swarm,
+            invite=invite or environment.invite,
             listen=tuple(listen or ()),
             is_experimental=experimental,
             show_progress=sys.stderr.isatty(),
-            config_dir=config_dir(),
-            cache_dir=cache_dir(),
-            hub_endpoint=hub_endpoint(),
+            config_dir=environment.config_dir,
+            cache_dir=environment.cache_dir,
+            hub_endpoint=environment.hub_endpoint,
         )
         run_async(serve(config))
     except Exception as exc:

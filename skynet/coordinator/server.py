@@ -26,7 +26,7 @@ from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.store import Mode, Store, Via, Visitor
 from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError
-from skynet.protocol.addresses import listen_addresses, local_interfaces
+from skynet.protocol.addresses import expand_wildcards, listen_addresses, local_interfaces, parse_endpoint
 from skynet.protocol.admission import AdmissionListener
 from skynet.protocol.control import Switchboard
 from skynet.protocol.discovery import Advertiser
@@ -95,6 +95,7 @@ class CoordinatorConfig:
     context_tokens: int | None = None
     port: int = 47100
     bind: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()  # further names or addresses for invites: of a router that forwards our ports
     admission: str | None = None  # None: as the store remembers, `lan` at first
     mdns: bool = True
     database: str | None = None
@@ -102,6 +103,12 @@ class CoordinatorConfig:
     config_dir: Path
     cache_dir: Path
     hub_endpoint: str | None = None
+
+    def check_announced(self) -> None:
+        """Raises ConfigError naming what is neither a name nor an address."""
+        for host in self.announce:
+            if parse_endpoint(host, self.port)[0] != host:
+                raise ConfigError(f"--announce {host}: without a port; a router forwards ours under the same numbers")
 
     def planner(self) -> PlannerConfig:
         """Raises ConfigError naming the option."""
@@ -121,6 +128,7 @@ async def serve(config: CoordinatorConfig) -> None:
     """Run a coordinator until SIGINT or SIGTERM."""
     if not 0.5 <= config.lease_s <= 3600:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
+    config.check_announced()
     planner = config.planner()
     model = await asyncio.to_thread(open_model, config.model, config.dtype, config.cache_dir, config.hub_endpoint)
     if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
@@ -247,8 +255,9 @@ class CoordinatorServer:
     async def run(self) -> None:
         """Until cancelled."""
         self.listener.start()
+        hosts = expand_wildcards(self.hosts, local_interfaces())
         advertiser = Advertiser(
-            self.config.name, self.swarm_key, self.listener.port, self.hosts, certificate=self._certificate()
+            self.config.name, self.swarm_key, self.listener.port, hosts, certificate=self._certificate()
         )
         if self.config.mdns:
             await advertiser.start()
@@ -492,9 +501,10 @@ class CoordinatorServer:
             await asyncio.sleep(0.05)
 
     def announced_hosts(self) -> tuple[str, ...]:
-        """Where newcomers may find us: not loopback, unless there is nothing else."""
-        reachable = tuple(h for h in self.hosts if not ipaddress.ip_address(h).is_loopback)
-        return (reachable or tuple(self.hosts))[:8]
+        """Where newcomers may find us: as the owner says, then where we listen; loopback if there is nothing else."""
+        own = expand_wildcards(self.hosts, local_interfaces())
+        outside = tuple(host for host in own if not ipaddress.ip_address(host).is_loopback)
+        return (self.config.announce + (outside or own))[:8]
 
     def _own_info(self) -> PeerInfo:
         return PeerInfo(

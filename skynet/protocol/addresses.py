@@ -115,6 +115,24 @@ def listen_addresses(interfaces: Sequence[Interface]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i.address for i in (*usable, *sorted(loopback, key=lambda i: i.ip.version))))
 
 
+def expand_wildcards(hosts: Sequence[str], interfaces: Sequence[Interface]) -> tuple[str, ...]:
+    """The addresses at which a process is reached that listens on `hosts`: a wildcard is all of this machine's.
+
+    Of those the local network's come first, then public ones, those of tunnels and bridges, and loopback.
+    """
+    found: list[str] = []
+    for host in hosts:
+        address = plain_ip(host)
+        if address is None or not address.is_unspecified:
+            found.append(host)
+            continue
+        own = [i for i in interfaces if address.version == 6 or i.ip.version == 4]  # the IPv6 wildcard takes in IPv4
+        own = [i for i in own if not (i.ip.version == 6 and i.ip.is_link_local)]
+        own.sort(key=lambda i: (i.is_loopback, i.is_virtual, not is_private(i.ip), i.ip.is_link_local, i.ip.version))
+        found += [i.address for i in own]
+    return tuple(dict.fromkeys(found))
+
+
 # -- addresses given by hand
 
 

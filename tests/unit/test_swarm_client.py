@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from skynet.client.admin import command, has_own_coordinator
 from skynet.client.swarm import ClientConfig, Completion, Swarm, _put
 from skynet.coordinator.planner import PlannerConfig
 from skynet.coordinator.served import open_model
 from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer
-from skynet.errors import RequestFailed, SkyNetError
+from skynet.errors import ConfigError, RequestFailed, SkyNetError
 from skynet.protocol.control import LinkLost
 from skynet.protocol.ids import PeerId, RequestId
-from skynet.protocol.messages import Finished, Notice, Submit, ToClient, Tokens
+from skynet.protocol.invites import decode_invite
+from skynet.protocol.messages import CreateInvite, Finished, Notice, Submit, ToClient, Tokens
 
 Act = Callable[[CoordinatorServer, ClientConfig], Awaitable[None]]
 
@@ -159,3 +161,45 @@ def test_full_backlog_gives_way_to_what_must_be_read() -> None:
     _put(inbox, lost)
     assert inbox.get_nowait() is lost
     assert inbox.empty()
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "127.0.0.1"])
+def test_an_invite_leads_to_addresses_that_can_be_reached(bind: str, tmp_path: Path) -> None:
+    model = open_model("embedded", None, tmp_path / "cache", None)
+
+    async def run() -> None:
+        config = CoordinatorConfig(
+            port=0, bind=(bind,), announce=("swarm.example.org",), mdns=False, config_dir=tmp_path / "config",
+            cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+        server = CoordinatorServer(config, PlannerConfig(), model)
+        running = asyncio.create_task(server.run())
+        try:
+            async with asyncio.timeout(20):
+                await asyncio.sleep(0)
+                owner = ClientConfig(config_dir=tmp_path / "config")
+                await until(lambda: has_own_coordinator(owner.config_dir))
+                made = await command(CreateInvite(request_id=RequestId("r"), role="client"), owner)
+                addresses = decode_invite(made["invite"]).addresses
+                assert addresses[0] == ("swarm.example.org", server.listener.port)
+                assert len(addresses) > 1
+                assert "0.0.0.0" not in dict(addresses)
+                for host, _ in addresses[1:]:
+                    own = ClientConfig(
+                        coordinator=f"{host}:{server.listener.port}", invite=made["invite"],
+                        config_dir=tmp_path / "guest", find_s=5,
+                    )  # fmt: skip
+                    async with Swarm(own) as swarm:
+                        assert (await swarm.status())["name"] == "skynet"
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await server.close()
+
+    asyncio.run(run())
+
+
+def test_an_announced_port_is_refused(tmp_path: Path) -> None:
+    config = CoordinatorConfig(announce=("example.org:80",), config_dir=tmp_path, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"--announce example\.org:80"):
+        config.check_announced()

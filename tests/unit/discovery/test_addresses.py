@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from skynet.errors import ConfigError
 from skynet.protocol.addresses import (
     Interface,
+    expand_wildcards,
     format_endpoint,
     is_lan_source,
     is_virtual_name,
@@ -111,6 +112,27 @@ def test_we_listen_on_the_local_network_and_loopback_and_nowhere_else() -> None:
 
 def test_everywhere_we_listen_admits_this_machine_itself() -> None:
     assert all(is_lan_source(address, INTERFACES) for address in listen_addresses(INTERFACES))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["0.0.0.0"], ["192.168.7.20", "10.1.2.3", "169.254.9.9", "203.0.113.9", "172.17.0.1", "127.0.0.1"]),
+        (["203.0.113.9", "127.0.0.1"], ["203.0.113.9", "127.0.0.1"]),
+        (
+            ["10.1.2.3", "0.0.0.0"],
+            ["10.1.2.3", "192.168.7.20", "169.254.9.9", "203.0.113.9", "172.17.0.1", "127.0.0.1"],
+        ),
+    ],
+)
+def test_a_wildcard_stands_for_every_address_best_first(hosts: list[str], expected: list[str]) -> None:
+    assert list(expand_wildcards(hosts, INTERFACES)) == expected
+
+
+def test_the_wildcard_of_ipv6_takes_in_ipv4_and_leaves_out_what_needs_an_interface() -> None:
+    found = expand_wildcards(["::"], INTERFACES)
+    assert {"192.168.7.20", "fd12:3456::20", "::1"} < set(found)
+    assert "fe80::20" not in found
 
 
 def test_interfaces_of_this_machine_include_loopback() -> None:
