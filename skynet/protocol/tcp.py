@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 # Of struct tcp_info: retransmits, probes; unacked, ms since the last ACK; bytes_received (Linux 4.1), snd_wnd (5.4).
 _INFO: Final = struct.Struct("=2xBB20xI28xI68xQ92xI")
 _MIN_INFO_BYTES: Final = 136
+_MIN_UNANSWERED: Final = 2  # the last one's answer may be on its way
 PROBE_S: Final = 1  # an idle connection is probed this often
 
 
@@ -40,7 +41,7 @@ class TcpState(NamedTuple):
 
     def is_dead(self, after_s: float) -> bool:
         """Whether the way or the other host is gone. A process that doesn't read isn't: its kernel answers."""
-        return self.num_unanswered > 0 and self.silent_s >= after_s
+        return self.num_unanswered >= _MIN_UNANSWERED and self.silent_s >= after_s
 
 
 def probe_when_idle(socket: sockets.socket, dead_s: int) -> None:
