@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 from skynet.client.swarm import ClientConfig, Completion, CompletionStream, Event, Swarm
 from skynet.coordinator.planner.config import Layout
+from skynet.testing.cuts import CutError, Cuts
 from skynet.testing.processes import NodeProcess
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class LocalSwarm:
         self.port = 0
         self._names = 0
         self._loop = _LoopThread()
+        self._cuts: Cuts | None = None
 
     # -- starting and stopping
 
@@ -128,8 +130,30 @@ class LocalSwarm:
         environment = self.environment | own
         return NodeProcess.start(name, arguments, environment, prefix, log_path=self.directory / f"{name}.log")
 
+    def cut(self, name: str, other: str) -> None:
+        """Lose the packets of all connections between two processes (a worker's name, or "coordinator") without a word.
+
+        Connections that they make later work. Raises CutError where there is none to cut, or it isn't permitted here:
+        `cuts.missing()` says so beforehand.
+        """
+        self._cuts = self._cuts or Cuts()
+        if not self._cuts.cut(self._pid(name), self._pid(other)):
+            raise CutError(f"{name} and {other} have no connection")
+
+    def mend(self) -> None:
+        """Undo every `cut`; what is still open goes on."""
+        if self._cuts is not None:
+            self._cuts.mend()
+
+    def _pid(self, name: str) -> int:
+        node = self.coordinator if name == "coordinator" else self.workers[name]
+        assert node is not None
+        return node.process.pid
+
     def stop(self) -> None:
         """End every process and thread it started; works twice."""
+        if self._cuts is not None:
+            self._cuts.close()
         nodes = [*self.workers.values(), *([self.coordinator] if self.coordinator else [])]
         for node in nodes:
             node.resume()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from skynet.client.swarm import Completion, CompletionStream, Event
+from skynet.testing import cuts
 from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from skynet.testing.processes import NodeProcess
 
@@ -26,11 +27,14 @@ class Patient:
     undisturbed: CompletionStream
     victims: Iterator[str] = field(default_factory=lambda: itertools.repeat(""))
 
+    def serving(self) -> list[list[NodeProcess]]:
+        """By stage: the workers that serve now, or next if none does."""
+        replica = next(r for r in self.swarm.wait_serving(60)["replicas"] if r["phase"] == "serving")
+        return [[self.swarm.workers[w.partition(".")[2]] for w in stage["workers"]] for stage in replica["stages"]]
+
     def holding(self, stage: int = -1, rank: int = -1) -> NodeProcess:
         """The worker at this place of the layout that serves now."""
-        replica = next(r for r in self.swarm.status()["replicas"] if r["phase"] == "serving")
-        worker_id = replica["stages"][stage]["workers"][rank]
-        return self.swarm.workers[worker_id.partition(".")[2]]
+        return self.serving()[stage][rank]
 
     def answer(self, at: dict[int, Fault], timeout_s: float = 90) -> CompletionStream:
         """The same prompt again, hurt at these token counts; each fault strikes once."""
@@ -52,6 +56,7 @@ class Patient:
 
     def heal(self) -> None:
         """Bring back as many workers as the layout has, and wait until they all serve."""
+        self.swarm.mend()
         for name, node in list(self.swarm.workers.items()):
             node.resume()
             if node.is_interrupted:  # it leaves, and may take a moment
@@ -74,6 +79,18 @@ def kill_first(patient: Patient) -> None:
     patient.holding(0, 0).kill()
 
 
+def cut_neighbours(patient: Patient) -> None:
+    """Between the first two workers that exchange something, ranks of a stage or stages; one alone has no neighbour."""
+    names = [node.name for stage in patient.serving() for node in stage]
+    if len(names) > 1:
+        patient.swarm.cut(*names[:2])
+
+
+def cut_off(patient: Patient) -> None:
+    """Between the coordinator and the worker that samples."""
+    patient.swarm.cut("coordinator", patient.holding(-1, 0).name)
+
+
 def join(patient: Patient) -> None:
     patient.swarm.start_worker().wait_for("worker ready", 60)
 
@@ -84,6 +101,12 @@ def shared_patient(request: pytest.FixtureRequest) -> Iterator[Patient]:
     with LocalSwarm(config) as swarm:
         completion = Completion(prompt=PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
         yield Patient(swarm, swarm.complete(completion))
+
+
+@pytest.fixture(scope="session")
+def cuttable() -> None:
+    if reason := cuts.missing():
+        pytest.skip(reason)
 
 
 @pytest.fixture

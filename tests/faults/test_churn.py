@@ -9,10 +9,11 @@ import psutil
 import pytest
 
 from skynet.client.swarm import Completion
+from skynet.testing import cuts
 from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from skynet.testing.processes import NodeProcess
 
-from .conftest import MAX_TOKENS, PROMPT, Patient, join, kill_first, kill_last
+from .conftest import MAX_TOKENS, PROMPT, Patient, cut_neighbours, cut_off, join, kill_first, kill_last
 
 MIB = 1 << 20
 
@@ -83,6 +84,8 @@ FAULTS: dict[str, Callable[[Patient], None]] = {
     "hang": lambda patient: patient.holding(0, 0).pause(),
     "leave": lambda patient: patient.holding(-1, 0).interrupt(),
     "join": join,
+    "cut workers": cut_neighbours,
+    "cut off": cut_off,
 }
 
 
@@ -91,10 +94,11 @@ FAULTS: dict[str, Callable[[Patient], None]] = {
 @pytest.mark.parametrize("seed", range(10))
 def test_faults_at_random_moments_change_nothing(patient: Patient, seed: int) -> None:
     choose = random.Random(seed)
+    possible = sorted(name for name in FAULTS if not (name.startswith("cut") and cuts.missing()))
     for _ in range(3):
         patient.heal()
         moments = choose.sample(range(2, MAX_TOKENS - 10), k=choose.choice((1, 1, 2)))
-        faults = {moment: FAULTS[choose.choice(sorted(FAULTS))] for moment in moments}
+        faults = {moment: FAULTS[choose.choice(possible)] for moment in moments}
         if len(faults) > 1:
             join(patient)  # so that something is left to lose
         patient.assert_undisturbed(patient.answer(faults))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import Patient, join, kill_first, kill_last
+from .conftest import Patient, cut_neighbours, cut_off, join, kill_first, kill_last
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -15,6 +15,24 @@ def test_a_killed_worker_is_replaced_mid_answer(patient: Patient) -> None:
 
 def test_a_worker_that_hangs_is_replaced_mid_answer(patient: Patient) -> None:
     patient.assert_undisturbed(patient.answer({20: lambda p: p.holding(0, 0).pause()}))
+
+
+@pytest.mark.usefixtures("cuttable")
+def test_two_workers_whose_connections_die_silently_link_anew_mid_answer(patient: Patient) -> None:
+    coordinator = patient.swarm.coordinator
+    assert coordinator is not None
+    seen = len(coordinator.lines)
+    patient.assert_undisturbed(patient.answer({20: cut_neighbours}))
+    coordinator.wait_for("replica broken", 1, seen)
+    assert not [line for line in coordinator.lines[seen:] if "worker lost" in line], "both were there all the time"
+
+
+@pytest.mark.usefixtures("cuttable")
+def test_a_worker_whose_connections_to_the_coordinator_die_silently_comes_back(patient: Patient) -> None:
+    victim = patient.holding(-1, 0)
+    seen = len(victim.lines)
+    patient.assert_undisturbed(patient.answer({20: cut_off}))
+    victim.wait_for("worker ready", 30, seen)
 
 
 def test_a_clean_leave_moves_the_work_without_a_gap(patient: Patient) -> None:
