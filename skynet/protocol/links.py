@@ -16,11 +16,12 @@ from typing import Final, Literal, Protocol
 
 import zmq
 
-from skynet.errors import MalformedMessage
+from skynet.errors import MalformedMessage, WorkerLost
 from skynet.protocol.codec import Buffer
 from skynet.protocol.data_frame import FrameType, control_header, send_on
 from skynet.protocol.ids import PeerId
 from skynet.protocol.sockets import Port, SocketFactory
+from skynet.protocol.wakeups import Note
 
 logger = logging.getLogger(__name__)
 PATIENCE_S: Final = 0.25  # how long the choosing side waits for its own connection when the other's stands already
@@ -80,7 +81,9 @@ class Link:
 class Links:
     """Owned by the channel's thread. `post` is how the guard's thread tells that thread what it saw."""
 
-    def __init__(self, factory: SocketFactory, post: Callable[..., None], on_ports_changed: Callable[[], None]) -> None:
+    def __init__(
+        self, factory: SocketFactory, post: Callable[[Note], None], on_ports_changed: Callable[[], None]
+    ) -> None:
         self._factory = factory
         self._post = post
         self._on_ports_changed = on_ports_changed
@@ -95,6 +98,11 @@ class Links:
     def get(self, peer_id: PeerId) -> Link | None:
         """What we know of this peer, established or not."""
         return self._links.get(peer_id)
+
+    def is_connected(self, peer_id: PeerId) -> bool:
+        """Whether frames can be sent to this peer now."""
+        link = self._links.get(peer_id)
+        return link is not None and link.is_established
 
     def all(self) -> list[Link]:
         """Every link, in no order."""
@@ -114,6 +122,26 @@ class Links:
                 return None
             link = self._links[peer_id] = Link(peer_id, is_chooser=self._factory.public_key < key)
         return link
+
+    def path(self, peer_id: PeerId) -> Path:
+        """The way to this peer. Raises WorkerLost if there is none."""
+        link = self._links.get(peer_id)
+        if link is None or not link.is_established or link.path is None:
+            reason = "no link" if link is None or link.lost is None else link.lost
+            raise WorkerLost(f"peer {peer_id}: {reason}; it needs a new link before anything can be sent")
+        return link.path
+
+    def why_not(self, peer_id: PeerId) -> str:
+        """In words for people: what a link that isn't established lacks."""
+        link = self._links.get(peer_id)
+        if link is None:
+            return f"peer {peer_id}: no link, and nobody dials it; call dial first"
+        tried = ", ".join(f"{host}:{port}" for host, port in link.addresses) or "no address"
+        if link.lost is not None:
+            return f"peer {peer_id}: {link.lost}"
+        if link.standing is not None or link.inbound is not None:
+            return f"peer {peer_id}: reached at one of {tried}, but it didn't agree on a link in time; is it busy?"
+        return f"peer {peer_id}: none of {tried} could be reached, nor did it reach us; check addresses and firewalls"
 
     # -- opening and closing -------------------------------------------------------------------------------------------
 
@@ -139,9 +167,9 @@ class Links:
             key,
             link.peer_id,
             domain=DATA_DOMAIN,
-            on_connected=lambda: self._post("up", number, 0),
-            on_refused=lambda: self._post("refused", number, 0),
-            on_disconnected=lambda _, connection: self._post("down", number, connection),
+            on_connected=lambda: self._post(Note("up", number)),
+            on_refused=lambda: self._post(Note("refused", number)),
+            on_disconnected=lambda _, connection: self._post(Note("down", number, connection)),
         )
         self._dials[number] = link
         self._retries[number] = lambda: self._dial_one(link, key, endpoint)

@@ -20,6 +20,7 @@ from skynet.protocol.links import DirectPath
 from skynet.protocol.plan import Epoch
 from skynet.protocol.relay import RelayServer
 from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.wakeups import Note
 
 T = TypeVar("T")
 EPOCH = Epoch(1, 2)
@@ -258,9 +259,9 @@ def test_end_that_only_the_guard_saw_ends_the_wait(make: Callable[..., Side]) ->
     assert known is not None
     waiting = receive(b, a, timeout_s=30)
     if isinstance(known.path, DirectPath) and known.path.routing_id:
-        b.channel._post("gone", a.peer_id, known.path.connection)
+        b.channel._wakeups.post(Note("gone", a.peer_id, known.path.connection))
     else:
-        b.channel._post("down", next(iter(known.candidates)), 0)
+        b.channel._wakeups.post(Note("down", next(iter(known.candidates))))
     with pytest.raises(WorkerLost, match="the connection ended"):
         waiting.result(5)
 

@@ -55,7 +55,7 @@ def test_aborts_and_drops_of_unknown_epochs_leave_nothing(bench: Bench) -> None:
     bench.settle()
     assert bench.compute.channel is not None
     assert not bench.compute._aborted
-    assert not bench.compute.channel._aborted
+    assert not bench.compute.channel._wakeups._aborted
 
 
 def test_thread_outlives_an_order_that_fails_in_an_unforeseen_way(
