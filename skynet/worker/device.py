@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 GIB: Final = 1 << 30
 PROCESS_OVERHEAD_BYTES: Final = 350 << 20  # interpreter, torch and buffers, beside weights and KV cache
+_LAYER_ADDITIONS: Final = 200  # as long as these one layer takes apart from its bytes: 0.2 ms where one takes 1 us
 MEASURED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,21 +105,22 @@ def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> Wo
 
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Weight bytes per second of a matrix-vector product, and operations per second of a matrix product."""
-    side, batch = (2048, 128) if device.type == "cpu" else (8192, 2048)
-    # Several, so that caches don't hold them all; in the layout that stages multiply with.
-    weights = [make_matrix(torch.full((side, side), 0.01, dtype=dtype, device=device)) for _ in range(4)]
+    side, batch, total = (2048, 128, 64 << 20) if device.type == "cpu" else (8192, 2048, 512 << 20)
+    count = max(2, total // (side * side * dtype.itemsize))
+    # Several, more than caches hold; in the layout that stages multiply with.
+    weights = [make_matrix(torch.full((side, side), 0.01, dtype=dtype, device=device)) for _ in range(count)]
     vector = torch.full((1, side), 0.01, dtype=dtype, device=device)
     matrix = torch.full((batch, side), 0.01, dtype=dtype, device=device)
     turns = iter(range(1 << 30))
-    vector_s = _seconds(device, lambda: weights[next(turns) % 4](vector))
+    vector_s = _seconds(device, lambda: weights[next(turns) % count](vector))
     matrix_s = _seconds(device, lambda: weights[0](matrix))
     return weights[0].nbytes / vector_s, 2 * batch * side * side / matrix_s
 
 
 def _layer_overhead_s(device: torch.device) -> float:
-    """The fixed cost of a layer: about sixty operations on almost nothing."""
+    """The fixed cost of a layer: about sixty operations on almost nothing, most of them dearer than an addition."""
     x = torch.ones(1, 64, device=device)
-    return 60 * _seconds(device, lambda: x + x)
+    return _LAYER_ADDITIONS * _seconds(device, lambda: x + x)
 
 
 def _seconds(device: torch.device, work: Callable[[], object], budget_s: float = 0.1) -> float:

@@ -72,7 +72,9 @@ class PlannerConfig:
         0.003  # machines further apart are never put into one group, unless memory leaves no choice
     )
     exchange_round_trips: float = 1.0  # one exchange inside a group, in round trips of its slowest link
-    step_overhead_s: float = 0.0005  # coordinator to first stage, sampled token back to the coordinator
+    exchange_overhead_s: float = 0.00012  # and this: ranks are never ready at the same moment
+    step_overhead_s: float = 0.0008  # of each step: forming and sending it, a worker's part beside layers, the answer
+    stage_overhead_s: float = 0.0005  # of each further stage: its worker takes the step, and wakes for hidden states
     local_round_trip_s: float = 0.00012  # between workers of one host, until measured
     local_bandwidth_bytes_per_s: float = 1.2e9
     default_round_trip_s: float = 0.001  # between hosts of which no link at all is known

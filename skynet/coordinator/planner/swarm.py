@@ -25,6 +25,11 @@ from skynet.protocol.profile import LinkProfile, WorkerProfile
 _FULL_VARIANTS = 6  # in larger swarms uneven memory inside one group matters less than which groups there are
 _CHOICE_BYTES = 8  # per token and chosen expert: which, and its weight
 _EXPERT_OVERHEAD = 1 / 6  # of a layer's fixed cost: what each expert in use adds to it, about ten operations of sixty
+# Measured on CPUs against whole stages (docs/benchmarks/planner_cpu_2026-11.md):
+_READ_EFFICIENCY = 0.85  # a layer's matrices are smaller than the one whose rate was measured, and never in a cache
+_PASSES = 10  # how often norms, rotations, activations and sums read or write each number of a token's way
+_SCORE_BYTES = 72  # what one attention score costs, in bytes read
+_SEQUENCE_OVERHEAD = 1 / 7  # of a layer's fixed cost: what each further sequence adds, as it attends on its own
 _FEW_TOKENS = 16  # up to here weights are read once and each token adds its operations; beyond, a matrix product
 
 
@@ -47,7 +52,7 @@ class StepTimes(NamedTuple):
 
 def phase_s(read_bytes: float, flops_per_token: float, tokens: int, read_rate: float, flops_rate: float) -> float:
     """Time of one rank's matrices for a batch of tokens: reading them, then being short of operations."""
-    few = read_bytes / read_rate + (min(tokens, _FEW_TOKENS) - 1) * flops_per_token / flops_rate
+    few = read_bytes / (_READ_EFFICIENCY * read_rate) + (min(tokens, _FEW_TOKENS) - 1) * flops_per_token / flops_rate
     return max(few, tokens * flops_per_token / flops_rate)
 
 
@@ -97,6 +102,7 @@ class Swarm:
         self.is_large = len(self.ids) > config.thorough_up_to
         self.layer_flops = sum(self.costs.layer_flops(self.whole, bool(spec.moe_layers)))
         self.layer_read_bytes = sum(self.costs.layer_read_bytes(self.whole, bool(spec.moe_layers), 1))
+        self.layer_touched_bytes = sum(self.touched_bytes(self.whole, bool(spec.moe_layers), self.decode))
         self.share_cache: dict[tuple[float, ...], tuple[RankShare, ...]] = {}
         self._groups: dict[tuple[int, ...], Group] = {}
 
@@ -134,8 +140,18 @@ class Swarm:
     def activation_bytes(self, tokens: int) -> int:
         return tokens * self.spec.hidden_size * self.element_bytes
 
+    def touched_bytes(self, share: RankShare, is_moe: bool, kind: StepKind) -> tuple[float, float]:
+        """What one layer reads and writes beside its matrices: (norm, rotation and attention; norm, activation)."""
+        spec = self.spec
+        kv_heads = len(share.kv_heads(spec.group_size))
+        widths = 3 * (len(share.heads) + 2 * kv_heads) * spec.head_size
+        columns = len(share.expert_mlp) * spec.experts_per_token if is_moe else len(share.mlp)
+        number = kind.tokens * self.element_bytes * _PASSES
+        scores = kind.tokens * kind.context * len(share.heads) * _SCORE_BYTES
+        return number * (2 * spec.hidden_size + widths) + scores, number * (2 * spec.hidden_size + 3 * columns)
+
     def hop_s(self, previous: tuple[int, ...], following: tuple[int, ...], tokens: int) -> float:
-        """Handing hidden states to the next stage: the slowest of the pairs that `StageAssignment` lays down."""
+        """Handing hidden states to the next stage: its fixed cost and the slowest of `StageAssignment`'s pairs."""
         copies = -(-len(following) // len(previous))
         size, slowest = self.activation_bytes(tokens), 0.0
         links = [self.links.between(previous[i % len(previous)], b) for i, b in enumerate(following)]
@@ -143,7 +159,7 @@ class Swarm:
         for link in links:
             at_once = num_relayed if link.is_relayed else copies
             slowest = max(slowest, link.round_trip_s / 2 + size * at_once / link.bandwidth_bytes_per_s)
-        return slowest
+        return self.config.stage_overhead_s + slowest
 
     def return_s(self, first: tuple[int, ...], last: tuple[int, ...]) -> float:
         """The sampled token's way to the coordinator, and the next step's from there to the first stage's ranks."""
@@ -231,7 +247,8 @@ class Group:
 
         def step(tokens: int) -> float:
             matrices = phase_s(swarm.layer_read_bytes, swarm.layer_flops, tokens, read, flops)
-            return matrices + overhead + 2 * self.exchange_s(tokens)
+            around = swarm.layer_touched_bytes * tokens / read
+            return matrices + around + overhead + 2 * self.exchange_s(tokens)
 
         if config.objective is Objective.THROUGHPUT:
             return step(config.batch)
@@ -250,7 +267,7 @@ class Group:
             return 0.0
         trip = self.round_trip_s * self.swarm.config.exchange_round_trips
         copies_s = self.swarm.activation_bytes(tokens) * self.copy_s_per_byte
-        return min(trip + copies_s, 2 * trip + 2 / ranks * copies_s)
+        return self.swarm.config.exchange_overhead_s + min(trip + copies_s, 2 * trip + 2 / ranks * copies_s)
 
     def choice_s(self, tokens: int) -> float:
         """Rank 0 of a mixture layer scores the experts and tells the others; nobody goes on before."""
@@ -265,7 +282,7 @@ class Group:
 
     def step_times(self, shares: tuple[RankShare, ...], kind: StepKind) -> StepTimes:
         swarm, exchange = self.swarm, self.exchange_s(kind.tokens)
-        overhead = max(swarm.overhead_s[m] for m in self.members)
+        overhead = max(swarm.overhead_s[m] for m in self.members) * (1 + (kind.sequences - 1) * _SEQUENCE_OVERHEAD)
         has_dense, has_moe = swarm.costs.count(0, swarm.spec.num_layers)
         dense = self._layer_s(shares, kind, False) + 2 * exchange + overhead if has_dense else 0.0
         moe = 0.0
@@ -289,8 +306,11 @@ class Group:
             flops_attention, flops_mlp = swarm.costs.layer_flops(share, is_moe)
             kv_bytes = swarm.costs.kv_bytes_per_token(1, share) * kind.context * kind.sequences
             flops_attention += 4.0 * kind.context * len(share.heads) * swarm.spec.head_size
-            attention = max(attention, phase_s(read_attention + kv_bytes, flops_attention, kind.tokens, *rates))
-            mlp = max(mlp, phase_s(read_mlp, flops_mlp, kind.tokens, *rates))
+            around_attention, around_mlp = swarm.touched_bytes(share, is_moe, kind)
+            attention_s = phase_s(read_attention + kv_bytes, flops_attention, kind.tokens, *rates)
+            mlp_s = phase_s(read_mlp, flops_mlp, kind.tokens, *rates)
+            attention = max(attention, attention_s + around_attention / rates[0])
+            mlp = max(mlp, mlp_s + around_mlp / rates[0])
         return attention + mlp
 
     def variant(self, shares: tuple[RankShare, ...]) -> Variant:
