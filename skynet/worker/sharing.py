@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skynet.errors import SkyNetError
 from skynet.models.manifest import ChunkRef, Manifest, ManifestDigest
 from skynet.models.store.links import LoopLink, PeerLink, fetch_manifest
 from skynet.models.store.peers import PeerChunks
@@ -18,7 +17,8 @@ from skynet.models.store.store import StoreConfig
 from skynet.protocol.bulk import BulkClient, BulkServer
 from skynet.protocol.ids import PeerId
 from skynet.protocol.messages import PeerInfo
-from skynet.protocol.sockets import AsyncPort, SocketFactory
+from skynet.protocol.sockets import SocketFactory
+from skynet.worker.dialing import PeerDialer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class _Source:
     """A way to one node's chunks. Owned by the agent's loop."""
 
     info: PeerInfo
-    port: AsyncPort
+    client: BulkClient
     link: LoopLink
     running: asyncio.Task[None]
 
@@ -72,43 +72,21 @@ class ChunkSharing:
                 await self._disconnect(peer_id)
         for peer_id, info in wanted.items():
             if peer_id not in self._sources:
-                try:
-                    self._connect(info)
-                except SkyNetError as exc:  # another node's impossible address mustn't fail our load
-                    logger.warning("source left out peer=%s reason=%s", peer_id, exc)
-
-    def _connect(self, info: PeerInfo) -> None:
-        host = info.hosts[0]
-        endpoint = f"tcp://[{host}]:{info.bulk_port}" if ":" in host else f"tcp://{host}:{info.bulk_port}"
-        port = self._factory.asynchronous(
-            self._factory.connect_dealer(
-                endpoint,
-                info.curve_key,
-                info.peer_id,
-                domain="bulk",
-                on_disconnected=lambda _peer, _connection: self._soon(client.link_lost),
-            )
-        )
-        client = BulkClient(port)
-        running = asyncio.create_task(client.run(), name=f"bulk-{info.peer_id}")
-        self._sources[info.peer_id] = _Source(info, port, LoopLink(info.peer_id, client, self._loop), running)
-
-    def _soon(self, call: Callable[[], None]) -> None:
-        """From the guard's thread, which may outlive the loop."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call)
+                client = BulkClient()
+                running = asyncio.create_task(PeerDialer(self._factory, info, client).run(), name=f"bulk-{peer_id}")
+                self._sources[peer_id] = _Source(info, client, LoopLink(peer_id, client, self._loop), running)
 
     async def _disconnect(self, peer_id: PeerId) -> None:
         source = self._sources.pop(peer_id)
         source.running.cancel()
         await asyncio.gather(source.running, return_exceptions=True)
-        source.port.close()
 
     # -- called from loader threads
 
     def links(self) -> Sequence[PeerLink]:
-        """The ways to chunks that are open now."""
-        return [source.link for source in list(self._sources.values())]
+        """The ways to chunks: those that are open, or all if none is yet."""
+        sources = list(self._sources.values())
+        return [source.link for source in sources if source.client.is_attached] or [source.link for source in sources]
 
     def manifest(self, digest: ManifestDigest, cancel: threading.Event) -> Manifest:
         """From the machine's cache or another node. Raises WeightError, StepAborted."""

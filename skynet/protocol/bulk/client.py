@@ -51,9 +51,12 @@ class _Upload:
 
 
 class BulkClient:
-    """Fetches from and sends to one server. `run` must be running in a task of the owner's."""
+    """Fetches from and sends to one server. `run` must be running in a task of the owner's.
 
-    def __init__(self, port: MessagePort, *, config: BulkConfig | None = None) -> None:
+    Without a port every transfer waits a few seconds for one: see `attach`.
+    """
+
+    def __init__(self, port: MessagePort | None = None, *, config: BulkConfig | None = None) -> None:
         self._port = port
         self._config = config or BulkConfig()
         self._decoder = client_decoder()
@@ -61,10 +64,12 @@ class BulkClient:
         self._numbers = itertools.count(1)
 
     async def run(self) -> None:
-        """Receive until cancelled; then what is under way fails as broken."""
+        """Receive until cancelled; then what is under way fails, as cancelled unless the link was lost before."""
+        assert self._port is not None
+        port = self._port
         try:
             while True:
-                received = await self._port.receive()
+                received = await port.receive()
                 try:
                     self._handle([frame.buffer for frame in received.frames])
                 except ProtocolError as exc:
@@ -72,6 +77,15 @@ class BulkClient:
                     self._fail_all(TransferFailed(f"{received.peer_id}: {exc}", "refused"))
         finally:
             self._fail_all(TransferFailed("this side closed the link", "cancelled"))
+
+    def attach(self, port: MessagePort | None) -> None:
+        """Use this port from now on; run `run` anew for it. None: there is no way to the server just now."""
+        self._port = port
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there is a way to the server."""
+        return self._port is not None
 
     def link_lost(self) -> None:
         """The connection broke (the socket's monitor says so): resume at once instead of after a silence."""
@@ -162,11 +176,11 @@ class BulkClient:
         await asyncio.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (failures - 1)))
 
     def _send(self, message: BulkMessage, data: Buffer) -> bool:
-        return self._port.send(frames_of(message, data))
+        return self._port is not None and self._port.send(frames_of(message, data))
 
     def _open(self, message: BulkGet | BulkPut) -> None:
         if not self._send(message, b""):
-            raise TransferFailed("the queue to this peer is full", "busy")
+            raise TransferFailed("no way to this peer, or its queue is full", "busy")
 
     def _fail_all(self, failure: TransferFailed) -> None:
         for transfer in self._transfers.values():

@@ -1,0 +1,149 @@
+"""A worker's ways to other nodes' chunks: by any of their addresses, as soon as they let it in, again after a break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+
+import pytest
+
+from skynet.models.checkpoint import build_manifest
+from skynet.models.manifest import Manifest
+from skynet.models.store.store import StoreConfig
+from skynet.protocol.ids import PeerId
+from skynet.protocol.messages import PeerInfo
+from skynet.protocol.sockets import SocketFactory
+from skynet.worker.sharing import ChunkSharing
+
+from .links import socket_factory
+
+ME, OTHER = PeerId("me.0"), PeerId("other.0")
+DEADLINE_S = 10.0
+
+
+class Pair:
+    """Two workers' sharing in one loop: ours has nothing, the other has a model."""
+
+    def __init__(self, manifest: Manifest, checkpoint: Path, directory: Path) -> None:
+        self.manifest = manifest
+        self.near, self.far = socket_factory(), socket_factory()
+        self.ours = ChunkSharing(self.near, ["127.0.0.1"], StoreConfig(cache_dir=directory / "ours"), _nobody_lies)
+        self.theirs = ChunkSharing(self.far, ["127.0.0.1"], StoreConfig(cache_dir=directory / "theirs"), _nobody_lies)
+        self.theirs.offer(manifest, [checkpoint])
+
+    def let_in(self) -> None:
+        self.far.allow(self.near.public_key, ME, {"bulk"})
+
+    async def use(self, hosts: Sequence[str]) -> None:
+        info = PeerInfo(
+            peer_id=OTHER, curve_key=self.far.public_key, hosts=tuple(hosts), data_port=0, bulk_port=self.theirs.port
+        )
+        await self.ours.use_sources([info])
+
+    async def fetch(self, number: int) -> None:
+        """One chunk, as a loader thread fetches it."""
+        chunk = self.manifest.file("model.safetensors").chunk(number)
+        data = await asyncio.to_thread(self.ours.chunks().fetch, chunk, threading.Event())
+        assert data is not None
+        assert len(data) == chunk.num_bytes
+
+
+def _nobody_lies(peer: PeerId, chunk: object) -> None:
+    raise AssertionError(f"{peer} is said to have sent a wrong chunk {chunk}")
+
+
+Play = Callable[[Callable[[Pair], Coroutine[None, None, None]]], None]
+
+
+@pytest.fixture
+def play(checkpoint: Path, tmp_path: Path) -> Play:
+    manifest = build_manifest(checkpoint, tmp_path / "theirs")
+
+    async def run(act: Callable[[Pair], Coroutine[None, None, None]]) -> None:
+        pair = Pair(manifest, checkpoint, tmp_path)
+        serving = asyncio.create_task(pair.theirs.run())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await act(pair)
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            for sharing in (pair.ours, pair.theirs):
+                await sharing.close()
+            for factory in (pair.near, pair.far):
+                await asyncio.to_thread(factory.close)
+
+    return lambda act: asyncio.run(run(act))
+
+
+@contextlib.asynccontextmanager
+async def strangers(port: int) -> AsyncIterator[Sequence[str]]:
+    """Addresses that don't lead to the other node: nobody listens, somebody says nothing, somebody has another key."""
+    mute = socket.create_server(("127.0.0.3", port))  # connections wait in its queue
+    stranger: SocketFactory = socket_factory()
+    router = stranger.bind_router("bulk", ["127.0.0.4"], port)
+    try:
+        yield "127.0.0.2", "127.0.0.3", "127.0.0.4"
+    finally:
+        router.close()
+        await asyncio.to_thread(stranger.close)
+        mute.close()
+
+
+def test_a_node_is_reached_by_the_one_address_that_leads_to_it(play: Play) -> None:
+    async def act(pair: Pair) -> None:
+        pair.let_in()
+        async with strangers(pair.theirs.port) as wrong:
+            await pair.use([*wrong, "no-such-host.invalid", "127.0.0.1"])
+            async with asyncio.timeout(2):  # in parallel, not one deadline after the other
+                await pair.fetch(0)
+
+    play(act)
+
+
+def test_a_node_that_lets_us_in_late_is_asked_again(play: Play) -> None:
+    async def act(pair: Pair) -> None:
+        refused = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_refused() -> None:
+            loop.call_soon_threadsafe(refused.set)
+
+        knocking = pair.near.connect_dealer(
+            f"tcp://127.0.0.1:{pair.theirs.port}", pair.far.public_key, OTHER, on_refused=on_refused
+        )
+        await pair.use(["127.0.0.1"])
+        await refused.wait()  # and ours, which knocked at the same time
+        knocking.close()
+        fetching = asyncio.create_task(pair.fetch(0))
+        pair.let_in()
+        await fetching
+
+    play(act)
+
+
+def test_after_a_break_the_way_is_found_again(play: Play) -> None:
+    async def act(pair: Pair) -> None:
+        pair.let_in()
+        await pair.use(["127.0.0.1"])
+        await pair.fetch(0)
+        for number in (1, 0):
+            pair.far.punish(ME)
+            await pair.fetch(number)
+
+    play(act)
+
+
+def test_sources_that_are_no_longer_named_are_let_go(play: Play) -> None:
+    async def act(pair: Pair) -> None:
+        pair.let_in()
+        await pair.use(["127.0.0.1"])
+        assert len(pair.ours.links()) == 1
+        await pair.ours.use_sources([])
+        assert pair.ours.links() == []
+
+    play(act)
