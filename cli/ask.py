@@ -10,7 +10,7 @@ import typer
 
 from skynet.client.environment import Environment
 
-from .common import fail, run_async
+from .common import fail, read_stdin, run_async
 
 if TYPE_CHECKING:
     from skynet.client.swarm import ClientConfig, Completion, Swarm
@@ -79,9 +79,8 @@ def infer(
 ) -> None:
     from skynet.client.swarm import Completion, Swarm
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-
     async def run() -> None:
+        text = read_stdin() if prompt == "-" else prompt
         completion = Completion(  # refuses wrong values, before anything is looked for
             prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
             stop=tuple(stop or ()), timeout_s=timeout, model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Coroutine
@@ -10,7 +11,10 @@ from typing import Any, NoReturn, TypeVar
 
 import typer
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+EXIT_WRONG_FILE = 2
+EXIT_BROKEN_PIPE = 141  # as a shell shows a process that SIGPIPE ended
 SIZE = re.compile(r"(?i)^\s*([0-9]+(?:\.[0-9]+)?)\s*(b|kb|mb|gb|tb|kib|mib|gib|tib|k|m|g|t|ki|mi|gi|ti)?\s*$")
 FACTORS = {"": 1, "b": 1} | {
     unit + suffix: base**power
@@ -34,16 +38,32 @@ def fail(exc: BaseException) -> NoReturn:
     """One line on stderr and the error's exit code; an error that isn't ours is a bug and shows its traceback."""
     from skynet.errors import SkyNetError
 
-    if isinstance(exc, BaseExceptionGroup):
-        ours, others = exc.split(SkyNetError)
-        if others is None and ours is not None:
-            exc = next(iter(ours.exceptions))
-            while isinstance(exc, BaseExceptionGroup):
-                exc = exc.exceptions[0]
-    if not isinstance(exc, SkyNetError):
-        raise exc
-    typer.echo(f"error: {exc}", err=True)
-    sys.exit(exc.exit_code)
+    while isinstance(exc, BaseExceptionGroup) and (len(exc.exceptions) == 1 or exc.split(SkyNetError)[1] is None):
+        exc = exc.exceptions[0]
+    if isinstance(exc, BrokenPipeError) and exc.filename is None:
+        # Whoever read our output has gone (`| head`); what is buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    if isinstance(exc, SkyNetError):
+        typer.echo(f"error: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    if isinstance(exc, OSError) and exc.filename is not None:
+        logger.debug("a file couldn't be used", exc_info=exc)
+        typer.echo(f"error: {exc.filename}: {exc.strerror}; check its permissions or name another place", err=True)
+        sys.exit(EXIT_WRONG_FILE)
+    raise exc
+
+
+def read_stdin() -> str:
+    """All of stdin as text. Raises ConfigError for what isn't UTF-8."""
+    from skynet.errors import ConfigError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            f"stdin: byte {exc.start} isn't UTF-8 text; a prompt is text, not a file of another kind"
+        ) from exc
 
 
 def set_up_logging(verbosity: str) -> None:

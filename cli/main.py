@@ -20,7 +20,8 @@ app = typer.Typer(
     help="Pool the machines you have and run large language models across them.\n\n"
     'Start `skynet coordinator` on one machine, `skynet worker` on others, then `skynet infer "your prompt"`.\n\n'
     "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file, 3 protocol, 4 no coordinator found, 5 not admitted, "
-    "6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted.",
+    "6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted, "
+    "141 nobody read the output to its end.",
     epilog="Environment, where no option says otherwise:\n\n"
     + "\n\n".join(f"{name}: {meaning}." for name, meaning in VARIABLES.items()),
 )

@@ -9,7 +9,7 @@ import typer
 
 from skynet.client.environment import Environment
 
-from .ask import Coordinator, Invite, SwarmName
+from .ask import Coordinator, Invite, MaxTokens, Seed, SwarmName, Temperature
 from .common import fail, parse_size, run_async, set_up_logging
 
 Verbosity = Annotated[
@@ -128,6 +128,10 @@ def worker(
     memory_bytes = parse_size(memory)
     if gpu is not None and device is not None:
         raise typer.BadParameter("--gpu and --device both name a device; give one of them")
+    from skynet.protocol.addresses import check_host
+
+    for host in listen or ():
+        check_host(host, "--listen")
     from skynet.worker.agent import WorkerConfig, serve  # imports torch, which takes a second
 
     environment = Environment.read()
@@ -156,9 +160,9 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="What to continue.")] = "Once upon a time",
     layout: Annotated[str, typer.Option(help="Tensor-parallel x pipeline; so many workers are started.")] = "2x2",
     model: Annotated[str, typer.Option(help="Directory or hub id. Default: the embedded model.")] = "embedded",
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 120,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 1,
+    max_tokens: MaxTokens = 120,
+    temperature: Temperature = 0.7,
+    seed: Seed = 1,
 ) -> None:
     from .demo import run_demo
 

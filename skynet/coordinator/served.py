@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +68,25 @@ class _Found(NamedTuple):
     hub_model: HubModel | None = None
 
 
-def open_model(name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None) -> ServedModel:
+def open_model(
+    name: str, dtype: str | None, cache_dir: Path, hub_endpoint: str | None, cancel: threading.Event | None = None
+) -> ServedModel:
     """Read what serving a model needs: a directory, a hub id, or the embedded one. Blocking; no tensors are kept.
 
     Raises ModelError naming the file and the fix; an unsupported architecture is refused before any weight is read.
+    Raises StepAborted soon after `cancel` is set.
     """
     found = _find(name, cache_dir, hub_endpoint)
     spec = _read_spec(found, dtype)
     text = TextModel(found.small_files)
     if found.copy is not None:
-        manifest = build_manifest(found.copy, cache_dir, _log_progress(name))
+        manifest = build_manifest(found.copy, cache_dir, _log_progress(name), cancel)
     else:
         from skynet.models.hub_manifest import HubManifestBuilder  # slow to import, and seldom needed
 
         assert found.hub is not None
         assert found.hub_model is not None
-        manifest = HubManifestBuilder(found.hub, found.hub_model, cache_dir, _log_progress(name)).build()
+        manifest = HubManifestBuilder(found.hub, found.hub_model, cache_dir, _log_progress(name), cancel).build()
     check_complete(manifest, read_config(found.small_files))
     ref = ModelRef(
         name=found.name,

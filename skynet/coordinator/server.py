@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.store import Mode, Store, Via, Visitor
 from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError
-from skynet.protocol.addresses import expand_wildcards, listen_addresses, local_interfaces, parse_endpoint
+from skynet.protocol.addresses import check_host, expand_wildcards, listen_addresses, local_interfaces, plain_ip
 from skynet.protocol.admission import AdmissionListener
 from skynet.protocol.control import Switchboard
 from skynet.protocol.discovery import Advertiser
@@ -104,11 +105,20 @@ class CoordinatorConfig:
     cache_dir: Path
     hub_endpoint: str | None = None
 
-    def check_announced(self) -> None:
-        """Raises ConfigError naming what is neither a name nor an address."""
+    def check_hosts(self) -> None:
+        """Raises ConfigError naming the address that can't be listened on or announced."""
         for host in self.announce:
-            if parse_endpoint(host, self.port)[0] != host:
-                raise ConfigError(f"--announce {host}: without a port; a router forwards ours under the same numbers")
+            check_host(host, "--announce")
+        own = {str(interface.ip) for interface in local_interfaces()}
+        for host in self.bind:
+            address = plain_ip(host)
+            if address is None:
+                raise ConfigError(f"--bind {host}: isn't an address; give one of {', '.join(sorted(own))}")
+            if not address.is_unspecified and not address.is_loopback and str(address) not in own:
+                raise ConfigError(
+                    f"--bind {host}: this machine hasn't that address but {', '.join(sorted(own))}; for that of a "
+                    f"router that forwards to it use --bind 0.0.0.0 --announce {host}"
+                )
 
     def planner(self) -> PlannerConfig:
         """Raises ConfigError naming the option."""
@@ -128,9 +138,9 @@ async def serve(config: CoordinatorConfig) -> None:
     """Run a coordinator until SIGINT or SIGTERM."""
     if not 0.5 <= config.lease_s <= 3600:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
-    config.check_announced()
+    config.check_hosts()
     planner = config.planner()
-    model = await asyncio.to_thread(open_model, config.model, config.dtype, config.cache_dir, config.hub_endpoint)
+    model = await _open_model(config)
     if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
         raise ConfigError(f"--layout {planner.layout}: the model has {model.spec.num_layers} layers, pin fewer stages")
     running = asyncio.current_task()
@@ -145,6 +155,17 @@ async def serve(config: CoordinatorConfig) -> None:
         logger.info("coordinator stopped")
     finally:
         await server.close()
+
+
+async def _open_model(config: CoordinatorConfig) -> ServedModel:
+    """On a thread that ends soon after an interrupt, however large the model is."""
+    cancel = threading.Event()
+    try:
+        return await asyncio.to_thread(
+            open_model, config.model, config.dtype, config.cache_dir, config.hub_endpoint, cancel
+        )
+    finally:
+        cancel.set()
 
 
 @dataclass(slots=True)

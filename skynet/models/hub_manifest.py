@@ -75,10 +75,17 @@ class _HashedFile:
 class HubManifestBuilder:
     """Builds one model's manifest; what was hashed before, by any process of this machine, isn't fetched again."""
 
-    def __init__(self, hub: Hub, model: HubModel, cache_dir: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        model: HubModel,
+        cache_dir: Path,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
         self._hub, self._model, self._cache_dir = hub, model, cache_dir
         self._progress = progress
-        self._cancel = threading.Event()
+        self._cancel = cancel or threading.Event()
         self._lock = threading.Lock()
         self._done = self._total = 0
 

@@ -158,6 +158,16 @@ def parse_endpoint(text: str, default_port: int) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_host(text: str, option: str) -> None:
+    """Raises ConfigError, naming the option, for what isn't a name or an address, without a port."""
+    try:
+        host, port = parse_endpoint(text, 0)
+    except ConfigError as exc:
+        raise ConfigError(f"{option}: {exc}") from exc
+    if port or host != text.strip():
+        raise ConfigError(f"{option} {text}: give a name or an address, without a port")
+
+
 def format_endpoint(host: str, port: int) -> str:
     """Host and port as people write them, with brackets around IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

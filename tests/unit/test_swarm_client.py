@@ -199,7 +199,20 @@ def test_an_invite_leads_to_addresses_that_can_be_reached(bind: str, tmp_path: P
     asyncio.run(run())
 
 
-def test_an_announced_port_is_refused(tmp_path: Path) -> None:
-    config = CoordinatorConfig(announce=("example.org:80",), config_dir=tmp_path, cache_dir=tmp_path)
-    with pytest.raises(ConfigError, match=r"--announce example\.org:80"):
-        config.check_announced()
+@pytest.mark.parametrize(
+    ("bind", "announce", "named"),
+    [
+        ("0.0.0.0", "example.org:80", r"--announce example\.org:80: .* without a port"),
+        ("0.0.0.0", "two words", r"--announce: address 'two words'"),
+        ("203.0.113.7", None, r"--bind 203\.0\.113\.7: .* --bind 0\.0\.0\.0 --announce 203\.0\.113\.7"),
+        ("myhost", None, r"--bind myhost: isn't an address; give one of .*127\.0\.0\.1"),
+    ],
+)
+def test_an_impossible_address_is_refused_by_its_option(
+    bind: str, announce: str | None, named: str, tmp_path: Path
+) -> None:
+    config = CoordinatorConfig(
+        bind=(bind,), announce=(announce,) if announce else (), config_dir=tmp_path, cache_dir=tmp_path
+    )
+    with pytest.raises(ConfigError, match=named):
+        config.check_hosts()

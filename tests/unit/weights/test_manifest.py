@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from skynet.coordinator.served import open_model
 from skynet.errors import MalformedMessage, StepAborted, WeightError
 from skynet.models import hashes
 from skynet.models.checkpoint import build_manifest
@@ -188,3 +190,10 @@ def test_a_broken_index_is_named_with_the_fix(tmp_path: Path, tensors: dict[str,
 def test_an_impossible_entry_cannot_be_made(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         make()
+
+
+def test_opening_a_model_ends_soon_after_a_cancel(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(StepAborted):
+        open_model("embedded", None, tmp_path, None, cancel)
