@@ -96,7 +96,7 @@ def _shape(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return repr(node.value) if node.value else "nothing"
+    return repr(node.value[:80]) if node.value else "nothing"
 
 
 def read_workers(path: Path | str) -> tuple[dict[WorkerId, WorkerProfile], list[LinkProfile]]:
