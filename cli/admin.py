@@ -66,7 +66,7 @@ def create(
     uses: Annotated[int, typer.Option(min=1, max=100_000, help="How many nodes it admits.")] = 1,
     hours: Annotated[float, typer.Option(min=0.01, max=87_600, help="How long it is good for.")] = 24.0,
     grant: Annotated[
-        list[str] | None, typer.Option(help="run_code or lend_device; may be given several times.")
+        list[str] | None, typer.Option(metavar="GRANT", help="run_code or lend_device; may be given several times.")
     ] = None,
     as_json: AsJson = False,
     coordinator: Coordinator = None,
@@ -134,7 +134,7 @@ def revoke(
 
 
 def drain(
-    worker: Annotated[str, typer.Argument(help="Worker id, or its beginning.")],
+    worker: Annotated[str, typer.Argument(help="Worker id, its beginning, or the worker's name.")],
     as_json: AsJson = False,
     coordinator: Coordinator = None,
     swarm: SwarmName = None,

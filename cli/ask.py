@@ -66,7 +66,8 @@ def infer(
     top_k: Annotated[int, typer.Option(min=0, help="Choose among so many likeliest tokens. 0: all.")] = 0,
     seed: Seed = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before this text; may be given several times."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with text, token ids and figures.")

@@ -47,13 +47,13 @@ def coordinator(
         int | None, typer.Option(help="Tokens of KV cache every replica must hold. Default: up to 2048.")
     ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="TCP port for newcomers; the other ports are chosen freely. 0: any.")
+        int, typer.Option(min=0, max=65535, help="TCP port for newcomers; the next four carry the rest. 0: any.")
     ] = 47100,
     bind: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Listen on this address instead of the local networks'; 0.0.0.0: on all. Forces invites.",
+            help="Listen on this address instead of the local networks'; 0.0.0.0: all. One beyond them forces invites.",
         ),
     ] = None,
     announce: Annotated[
@@ -159,7 +159,7 @@ def worker(
 def demo(
     prompt: Annotated[str, typer.Argument(help="What to continue.")] = "Once upon a time",
     layout: Annotated[str, typer.Option(help="Tensor-parallel x pipeline; so many workers are started.")] = "2x2",
-    model: Annotated[str, typer.Option(help="Directory or hub id. Default: the embedded model.")] = "embedded",
+    model: Annotated[str, typer.Option(help="Directory, hub id, or `embedded`.")] = "embedded",
     max_tokens: MaxTokens = 120,
     temperature: Temperature = 0.7,
     seed: Seed = 1,

@@ -170,6 +170,66 @@ def test_chat_answers_turn_by_turn_and_remembers(swarm: LocalSwarm, user: User) 
     assert done.stdout == f"{first}\n{second}\n"
 
 
+def test_a_reader_that_stops_reading_ends_the_command_quietly(user: User) -> None:
+    process = user.start("infer", PROMPT, "--max-tokens", "300", "--temperature", "1")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        process.stdout.read(1)
+        process.stdout.close()  # what `head` does
+        assert process.wait(20) == 141
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_a_prompt_that_is_empty_or_no_text_is_refused(user: User, nobody: User) -> None:
+    empty = user.run("infer", "-")
+    assert empty.returncode == 2
+    assert "the prompt is empty" in empty.stderr
+    command = [sys.executable, "-m", "skynet.cli", "infer", "-"]
+    binary = subprocess.run(command, env=nobody.environment, input=b"\xff\xfe\x00", capture_output=True, timeout=40)
+    assert binary.returncode == 2
+    assert binary.stderr.startswith(b"error: stdin: byte 0 isn't UTF-8")
+
+
+# -- what can't be used
+
+
+@pytest.mark.parametrize("command", [("infer", PROMPT), ("worker",), ("nodes",)])
+def test_a_directory_that_cannot_be_used_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = User(skynet_environment(tmp_path / "file")).run(*command, "--coordinator", "127.0.0.1:9")
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_named_with_the_option(swarm: LocalSwarm, nobody: User) -> None:
+    done = nobody.run("coordinator", "--no-mdns", "--bind", "127.0.0.1", "--port", str(swarm.port))
+    assert done.returncode == 2
+    assert f"port {swarm.port}" in done.stderr
+    assert "--port" in done.stderr
+
+
+# -- demo
+
+
+def test_a_demo_that_does_not_come_up_says_why(nobody: User) -> None:
+    done = nobody.run("demo", "--model", "/nowhere")
+    assert done.returncode == 6
+    assert re.search(r"^error: .* coordinator: ended with 2 .* error: /nowhere: neither a directory", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_demo_refuses_wrong_values_before_it_starts_anything(nobody: User) -> None:
+    done = nobody.run("demo", "--max-tokens", "0")
+    assert done.returncode == 2
+    assert "--max-tokens" in done.stderr
+    assert "starting" not in done.stderr
+
+
 # -- status
 
 
