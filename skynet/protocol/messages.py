@@ -235,6 +235,14 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShutOut:
+    """Coordinator -> worker: these processes were revoked; cut their connections and let them in no more."""
+
+    kind: ClassVar[str] = "shut_out"
+    peers: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
     """Coordinator -> worker, answer to Leaving: nothing depends on you any more."""
 
@@ -463,11 +471,22 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Busy:
+    """The step that a worker's compute thread is in. Nobody to wait for and long since: it hangs."""
+
+    epoch: Epoch
+    step: int
+    since_s: float  # without progress: since it last began, or ended, a wait for peers
+    waits_for: tuple[PeerId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
-    """Answer to Ping."""
+    """Answer to Ping. A worker tells what its compute thread is at."""
 
     kind: ClassVar[str] = "pong"
     nonce: int
+    busy: Busy | None = None
 
 
 WorkerMessage = (
@@ -487,7 +506,7 @@ WorkMessage = StepDone | StepFailed | Ping  # a Ping opens the link: only then c
 ClientMessage = Submit | Cancel | GetStatus | GetProfiles
 AdminMessage = CreateInvite | ListInvites | RevokeInvite | ListNodes | Approve | Revoke | Drain
 ToCoordinator = WorkerMessage | ClientMessage | AdminMessage | Ping
-ToWorker = Joined | Prepare | Link | Abort | Discard | Probe | Released | Evicted | Ping | Pong
+ToWorker = Joined | Prepare | Link | Abort | Discard | Probe | ShutOut | Released | Evicted | Ping | Pong
 ToClient = Tokens | Finished | Notice | Failed | Answer | Pong | Evicted
 
 TO_COORDINATOR: Final[tuple[type[ToCoordinator], ...]] = (
@@ -496,7 +515,7 @@ TO_COORDINATOR: Final[tuple[type[ToCoordinator], ...]] = (
     CreateInvite, ListInvites, RevokeInvite, ListNodes, Approve, Revoke, Drain,
 )  # fmt: skip
 TO_WORKER: Final[tuple[type[ToWorker], ...]] = (
-    Joined, Prepare, Link, Abort, Discard, Probe, Released, Evicted, Ping, Pong,
+    Joined, Prepare, Link, Abort, Discard, Probe, ShutOut, Released, Evicted, Ping, Pong,
 )  # fmt: skip
 TO_CLIENT: Final[tuple[type[ToClient], ...]] = (Tokens, Finished, Notice, Failed, Answer, Pong, Evicted)
 WORK_TO_COORDINATOR: Final[tuple[type[WorkMessage], ...]] = (StepDone, StepFailed, Ping)

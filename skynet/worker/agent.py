@@ -58,6 +58,7 @@ from skynet.protocol.messages import (
     PrepareFailed,
     Probe,
     Released,
+    ShutOut,
     ToWorker,
 )
 from skynet.protocol.plan import Epoch, StageAssignment
@@ -68,6 +69,7 @@ from skynet.worker.device import device_name, lendable_bytes, measure_profile, p
 from skynet.worker.loader import Loader
 from skynet.worker.progress import LoadBars
 from skynet.worker.sharing import ChunkSharing
+from skynet.worker.welcomed import Welcomed
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,7 @@ class Agent:
         )
         self._process_key = ProcessKey.generate()
         self._factory = SocketFactory(self._process_key.public, self._process_key.secret)
+        self._welcome = Welcomed(self._factory)
         self._hosts = tuple(dict.fromkeys((*config.listen, *listen_addresses(local_interfaces()))))
         self._loop = asyncio.get_running_loop()
         self._compute = ComputeThread(self._factory, bindable(self._hosts), self._device, config.threads, self._report)
@@ -217,6 +220,7 @@ class Agent:
         """One membership, from Join to the loss of the link. Raises LinkLost."""
         self._worker_id = WorkerId(ticket.welcome.peer_id)
         self._lease_s = ticket.welcome.lease_s
+        self._welcome.nobody()
         # Before the links are opened: a key that replaces another one cuts what is open.
         self._factory.allow(ticket.welcome.coordinator.curve_key, COORDINATOR, {"bulk"})
         self._link = await ControlLink.open(ticket, TO_WORKER, self._factory)
@@ -277,8 +281,10 @@ class Agent:
                 self._discard(message.epoch)
                 if self._held is not None and self._held.epoch == message.epoch:
                     self._held = None  # the coordinator wants it no more
+            case ShutOut():
+                self._welcome.shut_out(message.peers)
             case Probe():
-                self._allow(message.peers)
+                self._welcome.for_a_while(message.peers, time.monotonic())
                 self._compute.order(MeasureLinks(message.peers, message.measures, WorkerId(self._worker_id)))
             case Released():
                 logger.info("released: nothing depends on this worker any more")
@@ -288,7 +294,7 @@ class Agent:
                     raise AdmissionRefused(f"the coordinator ended this membership: {message.reason}")
                 raise LinkLost(f"evicted: {message.reason}")
             case Ping():
-                self._send(Pong(nonce=message.nonce))
+                self._send(Pong(nonce=message.nonce, busy=self._compute.doing.told()))
             case Pong():
                 pass
             case _:
@@ -306,12 +312,11 @@ class Agent:
     # -- shards
 
     def _prepare(self, order: Prepare) -> None:
-        self._allow(order.peers)
-        self._allow(order.sources)
         if order.epoch in self._loads:
             return  # sent twice
         cancel = threading.Event()
         self._loads[order.epoch] = (order, cancel)
+        self._welcome.only((o for o, _ in self._loads.values()), time.monotonic())
         self._spawn(self._load(order, cancel), f"load-{order.epoch}")
 
     def _link_up(self, epoch: Epoch) -> None:
@@ -320,14 +325,6 @@ class Agent:
             order = self._loads[epoch][0]
             self._held = HeldShard(epoch=epoch, digest=order.model.digest, assignment=order.assignment)
         self._compute.order(LinkUp(epoch))
-
-    def _allow(self, peers: Sequence[PeerInfo]) -> None:
-        """Let peers open our sockets: the plan names their keys."""
-        for peer in peers:
-            if peer.peer_id == COORDINATOR:
-                self._factory.allow(peer.curve_key, peer.peer_id, {"bulk"})
-            else:
-                self._factory.allow(peer.curve_key, peer.peer_id, {"data", "bulk"})
 
     async def _load(self, order: Prepare, cancel: threading.Event) -> None:
         """One load at a time, on a thread; what goes wrong is told, and the worker stays."""

@@ -6,6 +6,7 @@ It does one thing at a time: run a step, or carry out an order from the agent. T
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -26,6 +27,7 @@ from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.profile import LinkProfile
 from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep, StepDone, StepFailed
+from skynet.worker.doing import Doing, WatchedGroup
 from skynet.worker.stage.stage import Stage
 from skynet.worker.zmq_group import ZmqGroup, recv_hidden, send_hidden
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ORDERS: Final = 256
 MEASURE_S: Final = 4.0  # for all links of one order
+FAST_BYTES_PER_S: Final = 50e6  # faster links are measured with more bytes: slow ones would keep work waiting
 IDLE_S: Final = 3600.0  # a wait for work; orders and aborts end it
 LINK_S: Final = 5.0  # to open the links of an epoch
 
@@ -95,6 +98,7 @@ class _Epoch:
 
     install: Install
     group: ZmqGroup
+    watched: WatchedGroup  # the same, told of
     is_aborted: bool = False
     next_step: int = 0
 
@@ -133,6 +137,7 @@ class ComputeThread:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self.stats = ComputeStats()
+        self.doing = Doing()
         self.channel: DataChannel | None = None
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -147,8 +152,13 @@ class ComputeThread:
         return self._open_channel.port
 
     def order(self, order: Order) -> None:
-        """Queue an order and wake the thread."""
-        self._orders.put(order, timeout=5)
+        """Queue an order and wake the thread; never waits. Raises WorkerError if it takes no orders any more."""
+        try:
+            self._orders.put_nowait(order)
+        except queue.Full:
+            raise WorkerError(
+                f"the compute thread hangs: {MAX_ORDERS} orders wait for it; start this worker again"
+            ) from None
         if self.channel is not None:
             self.channel.wake()
 
@@ -163,7 +173,8 @@ class ComputeThread:
         if self._thread.is_alive():
             for epoch in list(self._epochs):
                 self.abort(epoch)
-            self.order(Stop())
+            with contextlib.suppress(WorkerError):
+                self.order(Stop())
             self._thread.join(timeout_s)
 
     @property
@@ -178,6 +189,7 @@ class ComputeThread:
     # -- the compute thread
 
     def _run(self) -> None:
+        logger.debug("compute thread runs tid=%d", threading.get_native_id())
         try:
             if self._num_threads is not None:
                 torch.set_num_threads(self._num_threads)
@@ -253,7 +265,8 @@ class ComputeThread:
     def _install(self, order: Install) -> None:
         assignment = order.assignment
         group = ZmqGroup(self._open_channel, [PeerId(w) for w in assignment.group], assignment.rank, order.epoch)
-        self._epochs[order.epoch] = _Epoch(order, group)
+        others = [PeerId(w) for rank, w in enumerate(assignment.group) if rank != assignment.rank]
+        self._epochs[order.epoch] = _Epoch(order, group, WatchedGroup(group, others, self.doing))
         self._report(Prepared(epoch=order.epoch, weight_bytes=order.stage.weight_bytes, kv_bytes=order.stage.kv_bytes))
 
     def _link(self, epoch: Epoch) -> None:
@@ -297,7 +310,10 @@ class ComputeThread:
         for peer in order.peers:
             try:
                 channel.await_links([peer.peer_id], deadline)
-                probed = channel.probe(peer.peer_id, deadline)
+                probed = channel.probe(peer.peer_id, deadline, num_bytes=1 << 20)
+                if probed.bandwidth_bytes_per_s > FAST_BYTES_PER_S:
+                    wide = channel.probe(peer.peer_id, deadline, num_round_trips=1, num_bytes=4 << 20)
+                    probed = probed._replace(bandwidth_bytes_per_s=wide.bandwidth_bytes_per_s)
             except WorkerError as exc:
                 logger.info("link not measured peer=%s reason=%s", peer.peer_id, exc)
                 continue
@@ -349,6 +365,7 @@ class ComputeThread:
         if held is None or held.is_aborted:
             return None  # a frame of an epoch that is over
         started = time.perf_counter()
+        self.doing.begin(step.epoch, step.step)
         try:
             token_ids = self._forward(held, step)
         except StepAborted:
@@ -362,6 +379,7 @@ class ComputeThread:
             logger.exception("step failed epoch=%s step=%d", step.epoch, step.step)
             return _failed(step, exc, None)
         finally:
+            self.doing.end()
             self.stats.busy_s += time.perf_counter() - started
         self.stats.steps_done += 1
         self.stats.tokens_done += sum(len(part.token_ids) for part in step.parts)
@@ -378,11 +396,14 @@ class ComputeThread:
         if assignment.upstream is not None:
             num_tokens = sum(len(part.token_ids) for part in step.parts)
             like = torch.empty((num_tokens, stage.hidden_size), dtype=stage.dtype)
-            hidden = recv_hidden(self._open_channel, PeerId(assignment.upstream), step.epoch, step.step, like, deadline)
-        result = stage.run(step, hidden, group)
+            upstream = PeerId(assignment.upstream)
+            with self.doing.waiting((upstream,)):
+                hidden = recv_hidden(self._open_channel, upstream, step.epoch, step.step, like, deadline)
+        result = stage.run(step, hidden, held.watched)
         if isinstance(result, torch.Tensor):
             peers = [PeerId(peer) for peer in assignment.downstream]
-            send_hidden(self._open_channel, peers, step.epoch, step.step, result, deadline)
+            with self.doing.waiting(peers):
+                send_hidden(self._open_channel, peers, step.epoch, step.step, result, deadline)
             return None
         return result
 

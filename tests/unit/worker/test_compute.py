@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from skynet.errors import WorkerError
 from skynet.protocol.identity import ProcessKey
 from skynet.protocol.ids import PeerId, WorkerId
-from skynet.protocol.messages import Aborted, PeerInfo, ProbeReport
+from skynet.protocol.messages import Aborted, Busy, PeerInfo, ProbeReport
 from skynet.protocol.plan import Epoch
 from skynet.protocol.sockets import SocketFactory
-from skynet.worker.compute import ComputeThread, Drop, Install, MeasureLinks, Report
+from skynet.worker.collectives import SoloGroup
+from skynet.worker.compute import MAX_ORDERS, ComputeThread, Drop, Install, MeasureLinks, Report
+from skynet.worker.doing import Doing, WatchedGroup
 
 WAIT_S = 10.0
 
@@ -73,3 +76,41 @@ def test_peer_with_an_impossible_address_does_not_stop_the_measuring(bench: Benc
     bench.compute.order(MeasureLinks((bogus,), False, WorkerId("me")))
     bench.settle()
     assert bench.compute.is_alive
+
+
+def test_orders_never_wait_and_a_thread_that_takes_none_is_an_error() -> None:
+    """The agent's loop must go on beating whatever the compute thread does."""
+    key = ProcessKey.generate()
+    factory = SocketFactory(key.public, key.secret)
+    compute = ComputeThread(factory, ("127.0.0.1",), torch.device("cpu"), None, lambda report: None)
+    try:
+        for number in range(MAX_ORDERS):
+            compute.order(Drop(Epoch(1, number)))
+        with pytest.raises(WorkerError, match="hangs"):
+            compute.order(Drop(Epoch(2, 1)))
+    finally:
+        factory.close()
+
+
+def test_a_step_tells_since_when_it_waits_and_for_whom() -> None:
+    doing = Doing()
+    assert doing.told() is None
+    doing.begin(Epoch(1, 2), 7)
+    computing = doing.told()
+    assert computing is not None
+    assert (computing.epoch, computing.step, computing.waits_for) == (Epoch(1, 2), 7, ())
+    seen: list[Busy | None] = []
+
+    class Watched(SoloGroup):
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(doing.told())
+            return x
+
+    WatchedGroup(Watched(), [PeerId("peer")], doing).all_reduce(torch.zeros(1))
+    assert seen[0] is not None
+    assert seen[0].waits_for == ("peer",)
+    after = doing.told()
+    assert after is not None
+    assert not after.waits_for
+    doing.end()
+    assert doing.told() is None
