@@ -16,12 +16,14 @@ from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.fleet import Fleet
 from skynet.coordinator.leases import LeaseTable
 from skynet.coordinator.membership import Membership, WorkerState
+from skynet.coordinator.observed import Observations
 from skynet.coordinator.planner import Plan, plan
 from skynet.coordinator.replica import Replica, ReplicaFault, Transport
 from skynet.coordinator.requests import RequestTable
 from skynet.coordinator.returning import Returned, absent, plan_in_force, without_cache
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.stepping import Stepper
+from skynet.coordinator.survey import Survey
 from skynet.coordinator.transitions import Transitions
 from skynet.errors import CapacityError
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
@@ -30,9 +32,9 @@ from skynet.protocol.messages import (
     Linked,
     LoadProgress,
     PeerInfo,
+    Pong,
     Prepared,
     PrepareFailed,
-    Probe,
     Released,
     Submit,
 )
@@ -72,6 +74,7 @@ class Engine:
             transport,
             lost=self.lost,
             replan=self.members_changed,
+            timed=self._timed,
             clock=clock,
         )
         self._transitions = Transitions(
@@ -87,12 +90,12 @@ class Engine:
             on_change,
             clock,
         )
+        self.observations = Observations()
         self._transport = transport
         self._clock = clock
         self._on_change = on_change
         self._changed = asyncio.Event()
-        self._measured = asyncio.Event()
-        self._probed: set[tuple[WorkerId, WorkerId]] = set()  # asked for once; forgotten with either worker
+        self.survey = Survey(config, membership, transport, clock)
 
     # -- what others show
 
@@ -124,6 +127,7 @@ class Engine:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._converge(), name="converge")
                 tasks.create_task(self._watch(), name="watch")
+                tasks.create_task(self._explore(), name="explore")
         finally:
             await self.stepper.stop()
 
@@ -146,6 +150,7 @@ class Engine:
     def joined(self, worker_id: WorkerId) -> None:
         """A worker is there: it lends its memory; plan anew."""
         member = self.membership.members[worker_id]
+        self.observations.joined(worker_id, member.join.profile)
         self.leases.lend(worker_id, {"memory_bytes": member.join.profile.memory_bytes})
         self.members_changed()
 
@@ -157,8 +162,7 @@ class Engine:
 
     def measured(self, worker_id: WorkerId, links: Iterable[LinkProfile]) -> None:
         """A worker measured its links; only what it can know counts."""
-        self.membership.measured(link for link in links if worker_id in (link.a, link.b))
-        self._measured.set()
+        self.survey.measured(worker_id, links)
 
     def members_changed(self) -> None:
         """Plan anew."""
@@ -170,7 +174,8 @@ class Engine:
         if self.membership.remove(worker_id) is None:
             return
         logger.warning("worker lost worker=%s reason=%s", worker_id, reason)
-        self._probed = {pair for pair in self._probed if worker_id not in pair}
+        self.survey.forget(worker_id)
+        self.stepper.forget(worker_id)
         self.fleet.lost(worker_id, reason)
         self.members_changed()
 
@@ -188,6 +193,7 @@ class Engine:
                 member.loading = None
                 replica.on_prepared(worker_id, message)
             case Linked():
+                self.survey.linked(worker_id, message.relayed, message.unreachable)
                 replica.on_linked(worker_id, message)
             case LoadProgress():
                 member.loading = message
@@ -199,8 +205,11 @@ class Engine:
         if replica is not None:
             replica.on_work(worker_id, message)
 
-    def on_pong(self, worker_id: WorkerId) -> None:
-        self.stepper.on_pong(worker_id)
+    def on_pong(self, worker_id: WorkerId, pong: Pong) -> None:
+        """A worker's answer to one of our pings."""
+        if worker_id in self.membership.members:
+            self.stepper.on_pong(worker_id, pong)
+        self.survey.on_pong(worker_id, pong.nonce)
 
     # -- planning
 
@@ -261,7 +270,9 @@ class Engine:
 
     async def _carry_out_best_plan(self) -> None:
         target = await self._plan_anew()
-        if await self._measure(target):
+        for _ in range(self.config.max_surveys):
+            if not self._may_measure() or not await self.survey.verify(target):
+                break
             target = await self._plan_anew()
         await self._transitions.bring_about(target)
         self.plan = target
@@ -269,6 +280,10 @@ class Engine:
         self.answers.dispatch()
         self._release_draining()
         self.fleet.shortage = None
+
+    def _may_measure(self) -> bool:
+        """Answers that were under way can't wait for measurements too."""
+        return not self.fleet.queue or not (self.fleet.has_served or self._returned())
 
     async def _retry_after(self, num_failures: int) -> None:
         """Plan anew: at once where we learnt something, later and later where we didn't."""
@@ -282,38 +297,26 @@ class Engine:
         if not usable:
             unfit = [m.unfit_reason for m in self.membership.members.values() if m.unfit_reason is not None]
             raise CapacityError(f"no worker can hold its part: {unfit[0]}" if unfit else "no worker is there")
-        links = tuple(self.membership.links.values())
-        config = self.config.planner
-        made = await asyncio.to_thread(plan, self.model.spec, usable, links, config, self._held_plan())
+        config, profiles = self.config.planner, self.observations.corrected(usable)
+        made = await asyncio.to_thread(plan, self.model.spec, profiles, self.survey.links(), config, self._held_plan())
         if config.layout is not None and not made.layout_is_met and not self.fleet.has_served:
             raise CapacityError(
                 f"layout {config.layout} needs {config.layout.num_workers} workers, {len(usable)} are there"
             )
         return made
 
-    async def _measure(self, target: Plan) -> bool:
-        """Have links measured that a plan would use and that are only guessed; whether something new is known.
-
-        Not while answers wait for a replica: they can't wait for measurements too.
-        """
-        members = self.membership.members
-        pairs = [
-            (a, b) for a, b in target.estimated_links if not {a, b} - members.keys() and (a, b) not in self._probed
-        ][: self.config.max_probes]
-        if not pairs or (self.fleet.queue and self.fleet.has_served):
-            return False
-        for a, b in pairs:
-            self._probed.add((a, b))
-            self._transport.send_control(b, Probe(peers=(members[a].peer_info,), measures=False))
-            self._transport.send_control(a, Probe(peers=(members[b].peer_info,), measures=True))
-        try:
-            async with asyncio.timeout(self.config.probe_s):
-                while any(pair not in self.membership.links for pair in pairs):
-                    self._measured.clear()
-                    await self._measured.wait()
-        except TimeoutError:
-            logger.info("links not all measured missing=%d", sum(pair not in self.membership.links for pair in pairs))
-        return any(pair in self.membership.links for pair in pairs)
+    def _timed(self, replica: Replica) -> None:
+        """Steps took much longer or shorter than its workers' rates say: plan with what they took. Or just that."""
+        ratio, now, workers = replica.pace.ratio, self._clock(), replica.plan.worker_ids
+        claims = self.membership.usable()
+        if not replica.pace.is_off(now):
+            self.observations.confirm(workers, claims)
+        elif self.observations.fold(workers, ratio, claims):
+            logger.info("rates corrected epoch=%s measured_to_predicted=%.2f", replica.epoch, ratio)
+            replica.pace = replica.pace.corrected(now)
+            self._changed.set()
+        else:
+            replica.pace = replica.pace.left_alone(now)
 
     def _note_unfit(self, fault: ReplicaFault) -> None:
         if fault.is_loss:
@@ -355,3 +358,14 @@ class Engine:
             if self.shortage is not None and self.membership.forgive(now):
                 self.members_changed()
             self.answers.look_after(now)
+            self.survey.ping()
+
+    async def _explore(self) -> None:
+        """While nothing is to do: near machines are measured, so that a better plan can be found."""
+        while True:
+            await asyncio.sleep(self.config.explore_s)
+            try:
+                if self.fleet.is_idle and not self._changed.is_set() and await self.survey.explore():
+                    self._changed.set()
+            except Exception:  # a bug of ours: what was measured so far will do
+                logger.exception("measuring failed")

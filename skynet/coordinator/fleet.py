@@ -34,6 +34,11 @@ class Fleet:
     def serving(self) -> list[Replica]:
         return [r for r in self.replicas if r.phase is Phase.SERVING]
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is computed and nothing is made ready."""
+        return not self.preparing and not any(r.scheduler.num_sequences for r in self.replicas)
+
     def find(self, epoch: Epoch, worker_id: WorkerId) -> Replica | None:
         """The replica of this epoch, if the worker is one of its own."""
         return next((r for r in self.all if r.epoch == epoch and worker_id in r.workers), None)

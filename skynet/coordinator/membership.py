@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.messages import Join, LoadProgress, PeerInfo
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
-MAX_LINKS = 4096  # measured links we remember
+MAX_LINKS = 8192  # measured links we remember
+CUT_S = 15.0  # two workers that couldn't reach each other are kept apart for this long
 _HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z._-]+)?")  # names, IPv4, IPv6
 
 
@@ -41,6 +43,10 @@ class Member:
     unfit_reason: str | None = None  # why it couldn't hold its shard; taken back when it rejoins, or by `forgive`
     unfit_until: float = 0.0
     num_unfit: int = 0  # how often it couldn't
+    round_trip_s: float | None = None  # of its control link, the shortest of our pings
+    num_pings: int = 0
+    ping_nonce: int = 0  # of the last one
+    pinged_at: float = 0.0
     bad_chunks: int = 0  # how often a peer caught it sending bytes that don't match their hash
 
     @property
@@ -63,6 +69,8 @@ class Membership:
     lease_s: float = 4.0
     members: dict[WorkerId, Member] = field(default_factory=dict)
     links: dict[tuple[WorkerId, WorkerId], LinkProfile] = field(default_factory=dict)
+    measured_at: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
+    cut_until: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
 
     def join(self, worker_id: WorkerId, join: Join, curve_key: bytes, seen_host: str, now: float) -> Member:
         """Add a worker, or replace what an earlier process of the same worker said."""
@@ -72,7 +80,8 @@ class Membership:
 
     def remove(self, worker_id: WorkerId) -> Member | None:
         """Forget a worker and its links; None if it wasn't a member."""
-        self.links = {pair: link for pair, link in self.links.items() if worker_id not in pair}
+        for pair in [pair for pair in {*self.links, *self.cut_until} if worker_id in pair]:
+            self._forget_link(pair)
         return self.members.pop(worker_id, None)
 
     def heard(self, worker_id: WorkerId, now: float) -> bool:
@@ -116,14 +125,49 @@ class Membership:
             member.unfit_reason = None
         return bool(pardoned)
 
-    def measured(self, links: Iterable[LinkProfile]) -> None:
-        """Remember links that workers measured; the newest wins, the number kept is bounded."""
+    def measured(self, links: Iterable[LinkProfile], now: float) -> None:
+        """Remember links that workers measured, the number of them bounded. Of what scatters the mean counts."""
         for link in links:
+            pair = (link.a, link.b)
             if link.a < link.b and link.a in self.members and link.b in self.members:
-                self.links.pop((link.a, link.b), None)
-                self.links[link.a, link.b] = link
+                former = self.links.pop(pair, None)
+                self.links[pair] = link if former is None else _mean(former, link)
+                self.measured_at[pair] = now
+                self.cut_until.pop(pair, None)
         while len(self.links) > MAX_LINKS:
-            self.links.pop(next(iter(self.links)))
+            self._forget_link(next(iter(self.links)))
+
+    def mark_relayed(self, a: WorkerId, b: WorkerId) -> None:
+        """These two reach each other through us alone; how fast that is, nobody knows yet."""
+        link = self.links.get((a, b))
+        if a in self.members and b in self.members and (link is None or not link.is_relayed):
+            known = link or LinkProfile(a=a, b=b, round_trip_s=0.002, bandwidth_bytes_per_s=10e6)
+            self.links[a, b] = replace(known, is_relayed=True, is_estimated=True)
+
+    def mark_cut(self, a: WorkerId, b: WorkerId, now: float) -> None:
+        """These two couldn't reach each other at all: not to be put beside each other for a while."""
+        if a in self.members and b in self.members:
+            self.cut_until[a, b] = now + CUT_S
+
+    def known_links(self, now: float) -> dict[tuple[WorkerId, WorkerId], LinkProfile]:
+        """What was measured, or is cut."""
+        cut = {pair for pair, until in self.cut_until.items() if now < until}
+        return self.links | {
+            (a, b): LinkProfile(a=a, b=b, round_trip_s=1.0, bandwidth_bytes_per_s=1.0, is_cut=True) for a, b in cut
+        }
+
+    def _forget_link(self, pair: tuple[WorkerId, WorkerId]) -> None:
+        self.links.pop(pair, None)
+        self.measured_at.pop(pair, None)
+        self.cut_until.pop(pair, None)
+
+    def answered_ping(self, worker_id: WorkerId, nonce: int, now: float) -> None:
+        """The answer to our last ping came; others don't count."""
+        member = self.members.get(worker_id)
+        if member is not None and nonce and nonce == member.ping_nonce:
+            member.ping_nonce = 0
+            took_s = max(now - member.pinged_at, 1e-6)
+            member.round_trip_s = min(took_s, member.round_trip_s or took_s)
 
     def usable(self) -> dict[WorkerId, WorkerProfile]:
         """Profiles of the workers that a plan may use, in the order of their ids."""
@@ -132,3 +176,14 @@ class Membership:
             for worker_id, member in sorted(self.members.items())
             if member.state is WorkerState.READY and member.has_work_link and member.unfit_reason is None
         }
+
+
+def _mean(former: LinkProfile, link: LinkProfile) -> LinkProfile:
+    """What two measurements of one link say together; the later one alone where its way is another."""
+    if former.is_relayed != link.is_relayed or former.is_estimated:
+        return link
+    return replace(
+        link,
+        round_trip_s=math.sqrt(former.round_trip_s * link.round_trip_s),
+        bandwidth_bytes_per_s=math.sqrt(former.bandwidth_bytes_per_s * link.bandwidth_bytes_per_s),
+    )

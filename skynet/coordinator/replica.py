@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+from skynet.coordinator.observed import Pace
 from skynet.coordinator.planner import ReplicaPlan
 from skynet.coordinator.scheduler import Scheduler
 from skynet.errors import WorkerError
@@ -69,6 +70,7 @@ class Replica:
     fault: ReplicaFault | None = None
     step_number: int = 0
     tokens_done: int = 0
+    pace: Pace = field(default_factory=Pace)  # its steps against the plan; kept by the stepper
     _waiting: asyncio.Future[StepDone] | None = None
     _prepared: dict[WorkerId, asyncio.Future[None]] = field(default_factory=dict)
     _linked: dict[WorkerId, asyncio.Future[None]] = field(default_factory=dict)
@@ -91,10 +93,14 @@ class Replica:
         span = self._recent[-1][0] - self._recent[0][0]
         return sum(n for _, n in list(self._recent)[1:]) / span if span > 0 else 0.0
 
-    def predicted_step_s(self, num_tokens: int) -> float:
+    def planned_step_s(self, num_tokens: int) -> float:
         """How long the plan says that a step of so many tokens takes."""
         prediction = self.plan.prediction
         return 1 / prediction.decode_tokens_per_s + num_tokens / prediction.prefill_tokens_per_s
+
+    def predicted_step_s(self, num_tokens: int) -> float:
+        """The same, corrected by what steps took lately."""
+        return self.planned_step_s(num_tokens) * self.pace.ratio
 
     # -- getting ready
 

@@ -182,10 +182,12 @@ class Scheduler:
         if missing <= 0:
             return
         limit = self.blocks.num_blocks * self.blocks.block_size + 1
+        missing_bytes = missing * self.config.block_bytes
+        short = f", {missing_bytes / 2**20:.1f} MiB of it are missing" if missing_bytes else ""
         raise CapacityError(
             f"prompt of {sequence.num_prompt} tokens and answer of up to {sequence.max_tokens}: the swarm's KV cache "
-            f"holds {limit} tokens of one request; shorten the prompt, lower max_tokens or add larger workers",
-            missing * self.config.block_bytes,
+            f"holds {limit} tokens of one request{short}; shorten the prompt, lower max_tokens or add larger workers",
+            missing_bytes,
         )
 
     def warm(self, sequences: Iterable[Sequence]) -> None:

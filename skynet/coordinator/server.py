@@ -65,6 +65,7 @@ from skynet.protocol.messages import (
     ProbeReport,
     Revoke,
     RevokeInvite,
+    ShutOut,
     Submit,
     ToClient,
     ToCoordinator,
@@ -346,6 +347,8 @@ class CoordinatorServer:
             del self._admitted[peer]
             self.factory.deny(peer)
             self._gone(peer, reason)
+        for worker_id in self.membership.members if gone else ():
+            self.control.send(PeerId(worker_id), ShutOut(peers=tuple(gone)))
         return len(gone)
 
     async def _forget_absent_again_and_again(self) -> None:
@@ -424,7 +427,7 @@ class CoordinatorServer:
             case Ping():
                 self.control.send(peer, Pong(nonce=message.nonce))
             case Pong():
-                self.engine.on_pong(worker_id)
+                self.engine.on_pong(worker_id, message)
             case Aborted():
                 pass
             case _:

@@ -71,8 +71,9 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "num_preemptions": stats.num_preemptions,
         "tokens_done": replica.tokens_done,
         "tokens_per_s": replica.tokens_per_s,
-        "predicted_decode_tokens_per_s": replica.plan.prediction.decode_tokens_per_s,
-        "predicted_prefill_tokens_per_s": replica.plan.prediction.prefill_tokens_per_s,
+        "predicted_decode_tokens_per_s": replica.plan.prediction.decode_tokens_per_s / replica.pace.ratio,
+        "predicted_prefill_tokens_per_s": replica.plan.prediction.prefill_tokens_per_s / replica.pace.ratio,
+        "measured_to_predicted": replica.pace.ratio,
         "relayed": sorted(map(list, replica.relayed)),
     }
 

@@ -13,14 +13,17 @@ from skynet.coordinator.membership import Membership
 from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
 from skynet.coordinator.scheduler import Step
 from skynet.protocol.ids import WorkerId
-from skynet.protocol.messages import Ping
+from skynet.protocol.messages import Busy, Evicted, Ping, Pong
 from skynet.protocol.steps import SequencePart
 
 logger = logging.getLogger(__name__)
 
 
 class Stepper:
-    """See the module. `lost` is told of workers that don't answer, `replan` when an epoch ended before its time."""
+    """See the module. `lost` is told of workers that don't answer, `replan` when an epoch ended before its time.
+
+    `timed` is told of replicas whose steps say something about their workers: not as predicted, or so for long.
+    """
 
     def __init__(
         self,
@@ -32,9 +35,11 @@ class Stepper:
         transport: Transport,
         lost: Callable[[WorkerId, str], None],
         replan: Callable[[], None],
+        timed: Callable[[Replica], None],
         clock: Callable[[], float],
     ) -> None:
         self.asked: list[dict[WorkerId, asyncio.Event]] = []  # who was asked whether it lives, by each who asks
+        self._busy: dict[WorkerId, Busy] = {}  # as of the last answer
         self._config = config
         self._vocab_size = vocab_size
         self._fleet = fleet
@@ -43,8 +48,13 @@ class Stepper:
         self._transport = transport
         self._lost = lost
         self._replan = replan
+        self._timed = timed
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """It is gone, and its last words with it."""
+        self._busy.pop(worker_id, None)
 
     def start(self, replica: Replica) -> None:
         """Serve with this replica until it is taken out of service."""
@@ -91,8 +101,10 @@ class Stepper:
 
     async def execute(self, replica: Replica, parts: tuple[SequencePart, ...]) -> tuple[int, ...]:
         """One step; when it is late, its workers must show that they live. Raises ReplicaFault."""
-        predicted = replica.predicted_step_s(sum(len(part.token_ids) for part in parts))
+        num_tokens = sum(len(part.token_ids) for part in parts)
+        predicted = replica.predicted_step_s(num_tokens)
         patience_s = max(self._config.step_floor_s, self._config.step_slack * predicted)
+        began = self._clock()
         running = asyncio.ensure_future(replica.execute(parts, max(self._config.hard_step_s, patience_s)))
         try:
             while True:
@@ -101,11 +113,18 @@ class Stepper:
                     token_ids = running.result()
                     if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
                         raise ReplicaFault(f"a step of epoch {replica.epoch} sampled ids outside the vocabulary")
+                    self._note_pace(replica, num_tokens, self._clock() - began)
                     return token_ids
                 logger.warning("step late epoch=%s after_s=%.1f predicted_s=%.3f", replica.epoch, patience_s, predicted)
                 await self.evict_silent(replica.workers)
+                self._evict_stuck(replica, max(self._config.stuck_floor_s, 3 * patience_s))
         finally:
             running.cancel()
+
+    def _note_pace(self, replica: Replica, num_tokens: int, took_s: float) -> None:
+        replica.pace = replica.pace.after(replica.planned_step_s(num_tokens), took_s)
+        if replica.phase is Phase.SERVING and (replica.pace.is_off(self._clock()) or replica.pace.is_proven):
+            self._timed(replica)
 
     async def evict_silent(self, workers: frozenset[WorkerId]) -> None:
         """Ask workers whether they live; those that don't say so in time are lost. Several may ask at once."""
@@ -128,7 +147,24 @@ class Stepper:
             if is_same and not asked[worker_id].is_set() and member.last_heard < asked_at:
                 self._lost(worker_id, f"didn't answer within {self._config.ping_s} s while its step was late")
 
-    def on_pong(self, worker_id: WorkerId) -> None:
+    def _evict_stuck(self, replica: Replica, limit_s: float) -> None:
+        """A rank that says it has been in this step for long, and waits for nobody, hangs; the others wait for it."""
+        for worker_id in sorted(replica.workers):
+            busy = self._busy.get(worker_id)
+            if busy is None or (busy.epoch, busy.step) != (replica.epoch, replica.step_number - 1):
+                continue
+            if busy.waits_for or busy.since_s < limit_s:
+                continue
+            reason = f"its compute thread has hung in step {busy.step} for {busy.since_s:.0f} s; start it again"
+            self._transport.send_control(worker_id, Evicted(reason=reason, is_final=True))
+            self._lost(worker_id, reason)
+
+    def on_pong(self, worker_id: WorkerId, pong: Pong) -> None:
+        """It lives, and tells what its compute thread is at."""
+        if pong.busy is None:
+            self._busy.pop(worker_id, None)
+        else:
+            self._busy[worker_id] = pong.busy
         for asked in self.asked:
             if worker_id in asked:
                 asked[worker_id].set()

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from skynet.coordinator.answers import Answers
 from skynet.coordinator.engine_config import EngineConfig
@@ -62,7 +63,9 @@ class Transitions:
         old = [r for r in present if r not in kept]
         crowded = frozenset(target.transition.must_drop_first)
         for planned, assignments in wanted:
-            if any(r.assignments == assignments for r in kept):
+            same = next((r for r in kept if r.assignments == assignments), None)
+            if same is not None:
+                same.plan = planned  # its prediction is of now
                 continue
             fresh = self._make_replica(planned, assignments)
             overlapping = [r for r in old if r.workers & fresh.workers and r in self._fleet.replicas]
@@ -71,12 +74,11 @@ class Transitions:
             await self._retire(replica)
 
     def _make_replica(self, planned: ReplicaPlan, assignments: dict[WorkerId, StageAssignment]) -> Replica:
-        some = next(iter(assignments.values()))
         return Replica(
             epoch=Epoch(self._start_counter, next(self._epochs)),
             plan=planned,
             assignments=assignments,
-            scheduler=Scheduler(SchedulerConfig(num_blocks=some.num_blocks, block_size=some.block_size)),
+            scheduler=Scheduler(scheduler_config(planned, assignments, self._config.max_step_s)),
             transport=self._transport,
         )
 
@@ -169,3 +171,16 @@ class Transitions:
             if not done:
                 replica.fail(ReplicaFault(f"epoch {replica.epoch} didn't end its last step"))
         self._fleet.release(replica)
+
+
+def scheduler_config(
+    planned: ReplicaPlan, assignments: Mapping[WorkerId, StageAssignment], max_step_s: float
+) -> SchedulerConfig:
+    """Blocks as planned; on slow machines prompts enter in smaller chunks, so that no step keeps others for long."""
+    some = next(iter(assignments.values()))
+    kv_bytes = sum(rank.kv_bytes for stage in planned.stages for rank in stage.ranks)
+    usual = SchedulerConfig(
+        num_blocks=some.num_blocks, block_size=some.block_size, block_bytes=kv_bytes // some.num_blocks
+    )
+    in_time = int(planned.prediction.prefill_tokens_per_s * max_step_s)
+    return replace(usual, max_step_tokens=max(usual.max_running, min(usual.max_step_tokens, in_time)))

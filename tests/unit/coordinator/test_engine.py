@@ -22,6 +22,7 @@ from skynet.coordinator.replica import Phase
 from skynet.coordinator.served import ServedModel, open_model
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
+    Busy,
     Discard,
     Evicted,
     Failed,
@@ -31,6 +32,7 @@ from skynet.protocol.messages import (
     Link,
     Linked,
     Ping,
+    Pong,
     Prepare,
     Prepared,
     PrepareFailed,
@@ -92,19 +94,26 @@ class Stage:
     engine: Engine
     clients: dict[RequestId, Client] = field(default_factory=dict)
     num_steps: int = 0
+    steps: list[RunStep] = field(default_factory=list)
     at_step: Callable[[int, str], None] = lambda number, moment: None
     live: set[WorkerId] = field(default_factory=set)
     mute: set[WorkerId] = field(default_factory=set)  # alive, but they don't answer pings
     unfit: set[WorkerId] = field(default_factory=set)
     released: set[WorkerId] = field(default_factory=set)
     evicted: set[WorkerId] = field(default_factory=set)
+    hung: dict[WorkerId, float] = field(default_factory=dict)  # in a step, for so many seconds
+    slow: set[WorkerId] = field(default_factory=set)  # whose links are slow
+    num_lost_probes: int = 0  # that many more measurements come to nothing
+    apart: set[frozenset[WorkerId]] = field(default_factory=set)  # can't reach each other
     held: dict[WorkerId, set[Epoch]] = field(default_factory=dict)  # shards
     cells: dict[tuple[Epoch, int, int], int] = field(default_factory=dict)  # KV cache
     heard: dict[tuple[Epoch, int], set[WorkerId]] = field(default_factory=dict)  # who has got a step
 
     # -- workers
 
-    def join(self, name: str, memory_bytes: int = 1 << 30, held: HeldShard | None = None) -> WorkerId:
+    def join(
+        self, name: str, memory_bytes: int = 1 << 30, held: HeldShard | None = None, host_id: str = "here"
+    ) -> WorkerId:
         worker_id = WorkerId("w" * 26 + f".{name}")
         profile = WorkerProfile(
             device="cpu",
@@ -113,7 +122,7 @@ class Stage:
             memory_bytes=memory_bytes,
             weight_bytes_per_s={"bfloat16": 1e9, "float32": 1e9},
             matmul_flops_per_s={"bfloat16": 1e11, "float32": 1e11},
-            host_id="here",
+            host_id=host_id,
         )
         if worker_id in self.engine.membership.members:
             self.engine.lost(worker_id, "joined again")
@@ -151,23 +160,43 @@ class Stage:
                 self.held[worker_id].add(message.epoch)
                 self.engine.on_worker(worker_id, Prepared(epoch=message.epoch, weight_bytes=1, kv_bytes=1))
             case Link():
-                self.engine.on_worker(worker_id, Linked(epoch=message.epoch))
+                self.engine.on_worker(worker_id, self._linked(worker_id, message))
             case Discard():
                 self.held[worker_id].discard(message.epoch)
             case Ping() if worker_id not in self.mute:
-                self.engine.on_pong(worker_id)
+                self.engine.on_pong(worker_id, Pong(nonce=message.nonce, busy=self._busy(worker_id)))
+            case Probe() if message.measures and self.num_lost_probes:
+                self.num_lost_probes -= 1
             case Probe() if message.measures:
-                pairs = [sorted((worker_id, WorkerId(p.peer_id))) for p in message.peers]
-                self.engine.measured(
-                    worker_id,
-                    [LinkProfile(a=a, b=b, round_trip_s=1e-4, bandwidth_bytes_per_s=1e9) for a, b in pairs],
-                )
+                self.engine.measured(worker_id, [self._measure(worker_id, WorkerId(p.peer_id)) for p in message.peers])
             case Released():
                 self.released.add(worker_id)
                 self.live.discard(worker_id)
                 self.held.pop(worker_id)
             case Evicted():
                 self.evicted.add(worker_id)
+
+    def _busy(self, worker_id: WorkerId) -> Busy | None:
+        """Those that hang keep the others waiting."""
+        replica = next((r for r in self.engine.replicas if worker_id in r.workers), None)
+        if replica is None or not self.hung.keys() & replica.workers:
+            return None
+        waits_for = () if worker_id in self.hung else tuple(PeerId(w) for w in replica.workers - {worker_id})
+        since_s = self.hung.get(worker_id, 100.0)
+        return Busy(epoch=replica.epoch, step=replica.step_number - 1, since_s=since_s, waits_for=waits_for)
+
+    def _linked(self, worker_id: WorkerId, message: Link) -> Linked:
+        replica = self.engine.fleet.find(message.epoch, worker_id)
+        peers = replica.workers if replica is not None else ()
+        unreachable = [PeerId(w) for w in peers if frozenset((w, worker_id)) in self.apart]
+        return Linked(epoch=message.epoch, unreachable=tuple(unreachable))
+
+    def _measure(self, worker_id: WorkerId, peer: WorkerId) -> LinkProfile:
+        a, b = sorted((worker_id, peer))
+        is_slow = self.slow & {a, b}
+        return LinkProfile(
+            a=a, b=b, round_trip_s=5e-3 if is_slow else 1e-4, bandwidth_bytes_per_s=2e6 if is_slow else 1e9
+        )
 
     def send_work(self, worker_id: WorkerId, step: RunStep) -> bool:
         if worker_id not in self.live:
@@ -177,12 +206,15 @@ class Stage:
         replica = next(r for r in [*self.engine.replicas, *self.engine.fleet.preparing] if r.epoch == step.epoch)
         if heard == replica.workers:
             self.num_steps += 1
+            self.steps.append(step)
             number, loop = self.num_steps, asyncio.get_running_loop()
             loop.call_soon(self.at_step, number, "sent")
             loop.call_soon(self._run, step, replica.plan.stages[-1].worker_ids[0], replica.workers, number)
         return True
 
     def _run(self, step: RunStep, sampler: WorkerId, workers: frozenset[WorkerId], number: int) -> None:
+        if self.hung.keys() & workers:
+            return
         if not all(step.epoch in self.held.get(w, ()) for w in workers):
             return  # somebody is gone, or the epoch is over
         done = StepDone(epoch=step.epoch, step=step.step, token_ids=tuple(self._compute(step)))
@@ -473,6 +505,30 @@ def test_those_who_served_and_do_not_come_back_are_not_waited_for_long(model: Se
     play(model, alone, reunion_s=0.05)
 
 
+def test_near_worker_that_joins_takes_the_place_of_a_far_one(model: ServedModel) -> None:
+    """Nothing tells that it is near but a measurement that no plan asks for; the first ones are lost, too."""
+
+    async def act(stage: Stage) -> None:
+        near, far = stage.join("near", host_id="box"), stage.join("far", host_id="hut")
+        stage.slow.add(far)
+        await until(lambda: bool(stage.serving()))
+        stage.num_lost_probes = 1
+        late = stage.join("late", host_id="tower")
+        await until(lambda: set(stage.serving()) == {near, late})
+
+    play(model, act, layout="2x1", probe_s=0.05, explore_s=0.01)
+
+
+def test_workers_that_cannot_reach_each_other_are_not_put_together_again(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        a, b = stage.join("a", host_id="box"), stage.join("b", host_id="hut")
+        stage.apart.add(frozenset((a, b)))
+        c = stage.join("c", host_id="tower")
+        await until(lambda: c in stage.serving())
+
+    play(model, act, layout="2x1")
+
+
 def test_join_takes_over_while_answers_run(model: ServedModel) -> None:
     """The old epoch never waits for the new one to be level, so the new one must get ahead by itself."""
 
@@ -565,6 +621,66 @@ def test_silent_suspect_is_lost_and_a_live_one_stays(model: ServedModel) -> None
         assert isinstance(client.end, Finished)
         assert suspect not in stage.engine.membership.members
         assert len(stage.engine.membership.members) == 2
+
+    play(model, act)
+
+
+def test_worker_that_answers_while_its_compute_thread_hangs_is_found_by_what_it_tells(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b", "c")
+        client = stage.ask("one")
+        await until(lambda: len(client.token_ids) == 2)
+        hung = stage.serving()[1]
+        stage.hung[hung] = 5.0
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        assert stage.evicted == {hung}
+        assert hung not in stage.engine.membership.members
+
+    play(model, act, step_floor_s=0.02, step_slack=0.0, stuck_floor_s=4.0)
+
+
+def test_worker_that_has_been_in_a_step_for_a_short_time_is_left_alone(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b", "c")
+        client = stage.ask("one")
+        await until(lambda: len(client.token_ids) == 2)
+        (replica,) = stage.engine.replicas
+        stage.hung[stage.serving()[1]] = 3.0
+        await until(lambda: replica.fault is not None)  # the hard limit of a step
+        assert not stage.evicted
+        stage.hung.clear()
+        await until(lambda: client.end is not None)
+
+    play(model, act, step_floor_s=0.02, step_slack=0.0, stuck_floor_s=4.0, hard_step_s=0.3)
+
+
+def test_steps_on_slow_machines_are_cut_so_that_none_keeps_others_for_long(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        (replica,) = stage.engine.replicas
+        config = replica.scheduler.config
+        pace = replica.plan.prediction.prefill_tokens_per_s
+        assert config.max_step_tokens == max(config.max_running, int(pace * 0.01)) < 512
+        stage.ask("long", "The weather " * 200)
+        await until(lambda: not stage.engine.requests.by_id)
+        lengths = [sum(len(part.token_ids) for part in step.parts) for step in stage.steps]
+        assert max(lengths) == config.max_step_tokens
+
+    play(model, act, max_step_s=0.01)
+
+
+def test_refusal_of_too_large_a_request_says_how_many_bytes_are_missing(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        for name in ("a", "b"):
+            stage.join(name, memory_bytes=9 << 20)
+        await until(lambda: bool(stage.serving()))
+        (replica,) = stage.engine.replicas
+        room = replica.scheduler.blocks.num_blocks * 16
+        assert room < model.spec.max_positions
+        client = stage.ask("one", max_tokens=model.spec.max_positions)
+        assert isinstance(client.end, Failed)
+        assert "MiB of it are missing" in client.end.text
 
     play(model, act)
 
