@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import httpx2  # what huggingface_hub speaks: its session and its errors are httpx2's
-from huggingface_hub import HfApi, get_session, get_token, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    get_session,
+    get_token,
+    hf_hub_url,
+    hf_raise_for_status,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,7 +50,7 @@ class HubConfig:
 
     endpoint: str = HUB_ENDPOINT
     token: str | None = field(default=None, repr=False)  # None: the one that `hf auth login` saved, if any
-    is_offline: bool = False  # use what is on this machine alone
+    is_offline: bool = field(default_factory=is_offline_mode)  # use what is on this machine alone; HF_HUB_OFFLINE
     timeout_s: float = 20.0  # of one connection attempt, and of a silence within an answer
     max_attempts: int = 6  # without a byte in between
     cache_dir: Path | None = None  # huggingface_hub's own cache; None: where it keeps it by default
@@ -92,17 +100,17 @@ class Hub:
         if not _HUB_ID.match(name):
             raise ModelError(f"{name}: neither a directory nor a hub id such as Qwen/Qwen3-0.6B; check the path")
         if self.config.is_offline:
-            local = self._snapshot(name, revision)
+            local = self.snapshot(name, revision)
             if local is None:
                 raise ModelError(
                     f"{name}: not on this machine and offline mode is on; go online once, or give a directory"
                 )
             return Located(local, None)
         model = self.resolve(name, revision)
-        return Located(self._snapshot(name, model.revision), model)
+        return Located(self.snapshot(name, model.revision), model)
 
-    def _snapshot(self, repo_id: str, revision: str | None) -> Path | None:
-        """A complete copy that huggingface_hub keeps on this machine."""
+    def snapshot(self, repo_id: str, revision: str | None) -> Path | None:
+        """A complete copy that huggingface_hub keeps on this machine. Asks nobody."""
         found = try_to_load_from_cache(repo_id, "config.json", cache_dir=self.config.cache_dir, revision=revision)
         if not isinstance(found, str):
             return None

@@ -75,11 +75,10 @@ class Loader:
         if held is not None:
             logger.info("shard reused epoch=%s layers=%s", order.epoch, key.layers)
             return held.with_fresh_cache(order.assignment)
-        local = local_copies(order.model)
+        local, remote = self._places(order.model)
         model = self._models.get(order.model.digest)
         manifest = model.manifest if model else self._sharing.manifest(ManifestDigest(order.model.digest), cancel)
         self._sharing.offer(manifest, local)
-        remote = self._remote(order.model)
         with (
             WeightStore(manifest, self._store, local=local, remote=remote) as store,
             cancelled_by(cancel, store),
@@ -94,15 +93,17 @@ class Loader:
         self._held[key] = stage.with_fresh_cache(dataclasses.replace(order.assignment, num_blocks=1))
         return stage
 
-    def _remote(self, ref: ModelRef) -> list[ChunkSource]:
-        """Where chunks come from that this machine lacks: the hub first, if the model is from there."""
+    def _places(self, ref: ModelRef) -> tuple[tuple[Path, ...], list[ChunkSource]]:
+        """Directories of this machine that may hold the model, and where chunks come from that they lack."""
         if not ref.revision:
-            return [self._sharing.chunks()]
+            return local_copies(ref), [self._sharing.chunks()]
         from skynet.models.hub import Hub, HubConfig, HubModel  # slow to import, and seldom needed
         from skynet.models.store.hub_chunks import HubChunks
 
         hub = Hub(HubConfig(endpoint=self._hub_endpoint) if self._hub_endpoint else HubConfig())
-        return [HubChunks(hub, HubModel(ref.name, ref.revision)), self._sharing.chunks()]
+        snapshot = hub.snapshot(ref.name, ref.revision)
+        chunks = HubChunks(hub, HubModel(ref.name, ref.revision))
+        return ((snapshot,) if snapshot else ()), [chunks, self._sharing.chunks()]
 
     def keep_only(self, orders: Sequence[Prepare]) -> None:
         """Forget weights that none of these orders needs."""
@@ -112,7 +113,7 @@ class Loader:
 
 
 def local_copies(ref: ModelRef) -> tuple[Path, ...]:
-    """Directories of this machine where the model may lie; what they hold is verified chunk by chunk."""
+    """Directories where a model that isn't from the hub may lie; what they hold is verified chunk by chunk."""
     if ref.name == EMBEDDED_NAME:
         return (EMBEDDED_DIR,)
     path = Path(ref.name).expanduser()

@@ -154,8 +154,13 @@ def test_no_network_is_said_and_a_directory_needs_none(tmp_path: Path, checkpoin
     assert nowhere.locate(str(checkpoint)).local == checkpoint
 
 
-def test_offline_mode_uses_what_huggingface_hub_keeps(tmp_path: Path, checkpoint: Path) -> None:
-    offline = Hub(HubConfig(is_offline=True, cache_dir=tmp_path / "hf"))
+def test_offline_mode_uses_what_huggingface_hub_keeps(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as the library read it from the environment
+    offline = Hub(HubConfig(cache_dir=tmp_path / "hf"))
     with pytest.raises(ModelError, match="offline mode is on"):
         offline.locate(REPO)
     snapshot = tmp_path / "hf" / "models--Test--Tiny-Model" / "snapshots" / COMMIT

@@ -23,7 +23,7 @@ from skynet.models.store.store import Progress, StoreConfig, WeightStore
 from skynet.models.store.swarm_source import SwarmSource
 from skynet.models.tensors import DirectorySource
 from skynet.protocol.messages import ModelRef, Prepare
-from skynet.protocol.plan import Epoch, Span, StageAssignment
+from skynet.protocol.plan import Epoch, Span
 from skynet.testing.replica import assignments
 from skynet.worker.loader import Loader
 from skynet.worker.sharing import ChunkSharing
@@ -142,33 +142,51 @@ def test_a_rank_fetches_its_rows_and_no_chunk_beside_them(
     assert (seen[0].bytes_done, seen[-1].bytes_done) == (0, source.num_bytes)
 
 
-def test_a_loader_says_the_total_before_anything_is_read(tmp_path: Path) -> None:
-    manifest = build_manifest(EMBEDDED_DIR, tmp_path / "cache")
-    path = tmp_path / "cache" / "manifests" / manifest.digest
+EMBEDDED_CONFIG = json.loads((EMBEDDED_DIR / "config.json").read_text())
+
+
+def load_embedded(cache: Path, name: str, revision: str, hub_endpoint: str | None = None) -> tuple[Progress, ...]:
+    """Load a rank of the embedded model as a worker does that has the manifest already; the progress it reported."""
+    manifest = build_manifest(EMBEDDED_DIR, cache)
+    path = cache / "manifests" / manifest.digest
     path.parent.mkdir()
     path.write_bytes(encode_manifest(manifest))
-    config = json.loads((EMBEDDED_DIR / "config.json").read_text())
-    rank = assignments(config, [[1.0, 1.0]])[0][0]
-    ref = ModelRef(name=EMBEDDED_NAME, revision="", digest=manifest.digest, manifest_bytes=path.stat().st_size)
+    rank = assignments(EMBEDDED_CONFIG, [[1.0, 1.0]])[0][0]
+    ref = ModelRef(name=name, revision=revision, digest=manifest.digest, manifest_bytes=path.stat().st_size)
     order = Prepare(epoch=Epoch(1, 1), model=ref, assignment=rank, peers=(), sources=())
+    reads = list(shard_reads(EMBEDDED_CONFIG, rank, manifest.tensor_names))
     seen: list[Progress] = []
 
     async def load() -> None:
-        factory, store = socket_factory(), StoreConfig(cache_dir=tmp_path / "cache")
+        factory, store = socket_factory(), StoreConfig(cache_dir=cache)
         sharing = ChunkSharing(factory, ["127.0.0.1"], store, lambda peer, chunk: None)
         try:
-            loader = Loader(CPU, store, sharing)
+            loader = Loader(CPU, store, sharing, hub_endpoint)
             await asyncio.to_thread(loader.load, order, threading.Event(), seen.append)
         finally:
             await sharing.close()
             factory.close()
 
     asyncio.run(load())
-    assert seen[0].bytes_total > sum(tensor_bytes(manifest, rank)) // 2
+    tensors = ((manifest.tensor(read.name), read) for read in reads)
+    assert seen[0].bytes_total >= sum(select(tensor, read.dim, read.spans).num_bytes for tensor, read in tensors)
+    return tuple(seen)
+
+
+def test_a_loader_says_the_total_before_anything_is_read(tmp_path: Path) -> None:
+    seen = load_embedded(tmp_path, EMBEDDED_NAME, "")
     assert {progress.bytes_total for progress in seen} == {seen[-1].bytes_done}
 
 
-def tensor_bytes(manifest: Manifest, rank: StageAssignment) -> list[int]:
-    config = json.loads((EMBEDDED_DIR / "config.json").read_text())
-    reads = shard_reads(config, rank, manifest.tensor_names)
-    return [select(manifest.tensor(r.name), r.dim, r.spans).num_bytes for r in reads]
+def test_what_huggingface_hub_keeps_on_a_workers_machine_is_a_local_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshots = tmp_path / "hf" / "models--Test--Tiny-Model" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / revision).symlink_to(EMBEDDED_DIR)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    seen = load_embedded(tmp_path / "cache", "Test/Tiny-Model", revision, "http://127.0.0.1:9")
+    assert set(seen[-1].bytes_by_source) == {"local"}
