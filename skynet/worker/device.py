@@ -105,7 +105,7 @@ def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> Wo
 
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Weight bytes per second of a matrix-vector product, and operations per second of a matrix product."""
-    side, batch, total = (2048, 128, 64 << 20) if device.type == "cpu" else (8192, 2048, 512 << 20)
+    side, batch, total = (2048, 128, 48 << 20) if device.type == "cpu" else (8192, 2048, 512 << 20)
     count = max(2, total // (side * side * dtype.itemsize))
     # Several, more than caches hold; in the layout that stages multiply with.
     weights = [make_matrix(torch.full((side, side), 0.01, dtype=dtype, device=device)) for _ in range(count)]

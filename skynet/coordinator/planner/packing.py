@@ -18,8 +18,8 @@ from skynet.coordinator.planner.search import Search
 Replicas = tuple[Chain, ...]
 
 MAX_PACKED: Final = MAX_PARTITIONED  # workers among which sets are chosen exactly
-_FITTING_PER_SET = 2
-_FAILING_PER_SET = 10
+_FITTING_PER_SET = 3
+_FAILING_PER_SET = 12
 _ROUNDS = 4
 _IMPROVED_PER_ROUND = 6
 _EFFORT = 2500  # of one improvement, in the unit of `search_effort`

@@ -10,13 +10,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.predict import Arrangement
 from skynet.coordinator.planner.swarm import Group, Swarm
 
 MAX_PARTITIONED: Final = 7  # workers: 4,139 partitions of their subsets, some 60 ms
 _MAX_PERMUTED = 4  # groups of which every order is looked at
 _ORDERS = 3
-_SHORTAGE = 1e6  # what a layer without room adds to an estimate: rooms are rough, so such partitions come last
+_STAGE, _RANK = 1e3, 10.0  # for the memory objective, in which seconds decide between equals only
+_SHORTAGE = 1e6  # what a layer without room adds to an estimate
+_ROUGHLY = 0.5  # layers: rooms aren't known better than this
 
 _Hops = dict[tuple[Group, Group], float]
 
@@ -53,7 +56,7 @@ class Partitions:
             ways = list(itertools.permutations(groups))
         else:
             ways = [self._nearest_next(groups, first)[0] for first in groups]
-        ranked = sorted(ways, key=lambda way: (self._length(way), [g.members for g in way]))
+        ranked = sorted(ways, key=lambda way: (self._length(way) + way[-1].head_s, [g.members for g in way]))
         ends: set[tuple[Group, Group]] = set()
         for way in ranked:
             if (way[0], way[-1]) not in ends and len(ends) < _ORDERS:
@@ -62,15 +65,20 @@ class Partitions:
 
     def _estimate(self, swarm: Swarm, groups: tuple[Group, ...]) -> float | None:
         """None: some group would have nothing to do."""
-        left, total = swarm.spec.num_layers, 0.0
+        left, total = float(swarm.spec.num_layers), min(group.head_s for group in groups)
         for group in sorted(groups, key=lambda g: g.pace_s):
             if left <= 0:
                 return None
-            count = min(group.room, left)
+            count = min(group.share_of_room, left)
             total, left = total + count * group.pace_s, left - count
+        if left > 0:
+            total += left * max(group.pace_s for group in groups)
+        if swarm.config.objective is Objective.MEMORY:  # what every stage and every rank holds again counts, then time
+            num_ranks = sum(len(group.members) for group in groups)
+            total += _STAGE * len(groups) + _RANK * num_ranks
         first = max(groups, key=lambda g: (-g.pace_s, g.members))
         hops = self._nearest_next(groups, first)[1] if len(groups) > 1 else 0.0
-        return total + hops + max(0, left) * _SHORTAGE
+        return total + hops + (_SHORTAGE * left if left > _ROUGHLY else 0.0)
 
     def _hop(self, previous: Group, following: Group) -> float:
         key = (previous, following)

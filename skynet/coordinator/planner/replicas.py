@@ -45,6 +45,7 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
         if 1 < len(best) <= _FEW_REPLICAS:
             found += [_trade(search, best[:i] + best[i + 1 :], workers) for i in range(len(best))]
         found.append(_repacked(search, max(found, key=rate), workers))
+    found = [replicas for replicas in found if replicas]
     return [*found, *(_trimmed(search, replicas) for replicas in found if not search.swarm.is_large)]
 
 

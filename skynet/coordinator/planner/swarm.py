@@ -98,6 +98,8 @@ class Swarm:
         self.replica_bytes = held_bytes(
             self.costs, everything, self.whole, self.min_tokens
         )  # the least one replica takes
+        roomy = held_bytes(self.costs, everything, self.whole, self.kv_targets[0])
+        self.roomy_bytes = roomy if roomy <= sum(self.memory) else self.replica_bytes  # with cache for a whole batch
         self.has_full_variants = len(self.ids) <= _FULL_VARIANTS
         self.is_large = len(self.ids) > config.thorough_up_to
         self.layer_flops = sum(self.costs.layer_flops(self.whole, bool(spec.moe_layers)))
@@ -253,6 +255,18 @@ class Group:
         if config.objective is Objective.THROUGHPUT:
             return step(config.batch)
         return step(1) + step(config.prompt_tokens) / config.answer_tokens
+
+    @cached_property
+    def head_s(self) -> float:
+        """Roughly what being the last stage adds to a token."""
+        spec, swarm = self.swarm.spec, self.swarm
+        return spec.vocab_size * spec.hidden_size * swarm.element_bytes / sum(self.read_rates) + self.exchange_s(1)
+
+    @cached_property
+    def share_of_room(self) -> float:
+        """`room` in fractions of layers, with as much cache as serves the objective best."""
+        lent = sum(self.swarm.memory[m] for m in self.members)
+        return min(1.0, lent / self.swarm.roomy_bytes) * self.swarm.spec.num_layers
 
     @cached_property
     def room(self) -> int:
