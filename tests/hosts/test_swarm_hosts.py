@@ -284,7 +284,6 @@ def test_slow_links_are_measured_and_serve_where_there_are_no_others(slow_right:
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="a link that nobody measured looks slower than the slow one, so none is tried")
 def test_a_near_worker_that_joins_takes_the_place_of_a_far_one(slow_right: World) -> None:
     coordinator = slow_right.serve("2x1", {"left": (), "right": ()})
     seen = len(coordinator.lines)
