@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
@@ -21,6 +21,7 @@ from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.membership import Membership
+from skynet.coordinator.news import StatusNews
 from skynet.coordinator.planner import Layout, Objective, PlannerConfig
 from skynet.coordinator.served import ServedModel, open_model
 from skynet.coordinator.sharing import ModelSharing
@@ -80,9 +81,7 @@ from skynet.protocol.steps import RunStep
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STATUS_WAIT_S = 5.0
 ABSENT_S = 60.0  # an admitted process that has no control link for this long must be admitted again
-MAX_STATUS_WAITERS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,25 +178,6 @@ class _Admitted:
     last_linked: float  # when it had a control link for the last time that we looked
 
 
-@dataclass(slots=True)
-class _StatusWaiter:
-    client: PeerId
-    question: GetStatus
-    until: float
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Revision of the status: grows whenever something that it shows changes."""
-
-    revision: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def tick(self) -> None:
-        self.revision += 1
-        self.changed.set()
-
-
 class CoordinatorServer:
     """See the module. Everything it starts, `close` stops."""
 
@@ -220,8 +200,7 @@ class CoordinatorServer:
         self.membership = Membership(lease_s=config.lease_s)
         self._admitted: dict[PeerId, _Admitted] = {}
         self._loop = asyncio.get_running_loop()
-        self._clock = _Clock()
-        self._status_waiters: list[_StatusWaiter] = []
+        self._news = StatusNews(self._tell_status)
         control = self._bind("control", 1)
         work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
@@ -248,7 +227,7 @@ class CoordinatorServer:
             tell=self.tell,
             sources=lambda: (self._own_info(),),
             start_counter=self.store.next_start(),
-            on_change=self._clock.tick,
+            on_change=self._news.changed,
         )
         self.administration = Administration(self)
 
@@ -290,7 +269,7 @@ class CoordinatorServer:
                 tasks.create_task(self.engine.run(), name="engine")
                 tasks.create_task(self.sharing.run(), name="sharing")
                 tasks.create_task(self.administration.run(), name="administration")
-                tasks.create_task(self._answer_status(), name="status")
+                tasks.create_task(self._news.run(), name="status")
                 tasks.create_task(self._forget_absent_again_and_again(), name="forget-absent")
                 self._greet()
         finally:
@@ -419,7 +398,7 @@ class CoordinatorServer:
             case Cancel():
                 self.engine.cancel(peer, message.request_id)
             case GetStatus():
-                self._ask_status(peer, message)
+                self._news.ask(peer, message, _now())
             case GetProfiles():
                 self._answer(peer, message.request_id, profiles(self.membership))
             case CreateInvite() | ListInvites() | RevokeInvite() | ListNodes() | Approve() | Revoke() | Drain():
@@ -478,7 +457,7 @@ class CoordinatorServer:
         self.work.forget(peer)
         self.engine.lost(WorkerId(peer), reason)
         self.engine.client_gone(peer)
-        self._status_waiters = [w for w in self._status_waiters if w.client != peer]
+        self._news.forget(peer)
 
     # -- messages out
 
@@ -497,32 +476,12 @@ class CoordinatorServer:
 
     # -- status
 
-    def _ask_status(self, client: PeerId, question: GetStatus) -> None:
-        if question.newer_than < self._clock.revision or len(self._status_waiters) >= MAX_STATUS_WAITERS:
-            self._answer(client, question.request_id, self.status())
-        else:
-            self._status_waiters.append(_StatusWaiter(client, question, _now() + STATUS_WAIT_S))
+    def _tell_status(self, client: PeerId, question: GetStatus) -> None:
+        self._answer(client, question.request_id, self.status())
 
     def status(self) -> dict[str, Any]:
         """What `skynet status` shows."""
-        return describe(self, self._clock.revision)
-
-    async def _answer_status(self) -> None:
-        """Answer those who wait for news, at most twenty times a second."""
-        while True:
-            try:
-                async with asyncio.timeout(0.5):
-                    await self._clock.changed.wait()
-            except TimeoutError:
-                pass
-            self._clock.changed.clear()
-            waiting, self._status_waiters = self._status_waiters, []
-            for waiter in waiting:
-                if waiter.question.newer_than < self._clock.revision or waiter.until < _now():
-                    self._answer(waiter.client, waiter.question.request_id, self.status())
-                else:
-                    self._status_waiters.append(waiter)
-            await asyncio.sleep(0.05)
+        return describe(self, self._news.revision)
 
     def announced_hosts(self) -> tuple[str, ...]:
         """Where newcomers may find us: as the owner says, then where we listen; loopback if there is nothing else."""

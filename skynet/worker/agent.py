@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -23,7 +21,6 @@ import torch
 from skynet.errors import (
     AdmissionRefused,
     AwaitingApproval,
-    ConfigError,
     DiscoveryError,
     ProtocolError,
     SkyNetError,
@@ -35,7 +32,6 @@ from skynet.models.store.store import Progress, StoreConfig
 from skynet.protocol.addresses import listen_addresses, local_interfaces
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import COORDINATOR, EntranceConfig, Ticket, enter
-from skynet.protocol.hello import checked_suffix
 from skynet.protocol.identity import ProcessKey
 from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import (
@@ -67,6 +63,7 @@ from skynet.protocol.sockets import SocketFactory
 from skynet.worker.compute import Attach, ComputeThread, Drop, Install, LinkUp, MeasureLinks, Report
 from skynet.worker.device import device_name, lendable_bytes, measure_profile, pick_device
 from skynet.worker.loader import Loader
+from skynet.worker.machine import bindable, claimed_suffix, host_id
 from skynet.worker.progress import LoadBars
 from skynet.worker.sharing import ChunkSharing
 from skynet.worker.welcomed import Welcomed
@@ -408,35 +405,6 @@ class Agent:
         task.add_done_callback(self._tasks.discard)
 
 
-@contextlib.contextmanager
-def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[str]:
-    """A worker suffix that no other live process of this user and machine has; a free one is stable across restarts."""
-    try:
-        checked_suffix(wanted)
-    except ProtocolError as exc:
-        raise ConfigError(f"--name {wanted}: {exc}") from exc
-    directory = config_dir / "workers"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for number in range(1, 1000):
-        suffix = wanted if number == 1 else f"{wanted}-{number}"
-        descriptor = os.open(directory / f"{suffix}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            if is_fixed:
-                raise DiscoveryError(
-                    f"--name {wanted}: a worker of that name runs here already; choose another"
-                ) from None
-            continue
-        try:
-            yield suffix
-        finally:
-            os.close(descriptor)
-        return
-    raise DiscoveryError("a thousand workers run here already")
-
-
 def is_same_shard(a: StageAssignment, b: StageAssignment) -> bool:
     """Whether both have the same weights."""
     return (a.layers, a.num_layers, a.share, a.dtype) == (b.layers, b.num_layers, b.share, b.dtype)
@@ -444,25 +412,3 @@ def is_same_shard(a: StageAssignment, b: StageAssignment) -> bool:
 
 def _is_foreseen(exc: Exception) -> bool:
     return isinstance(exc, SkyNetError | OSError)
-
-
-def bindable(hosts: Sequence[str]) -> tuple[str, ...]:
-    """Those of the announced addresses that this machine has itself (one behind NAT is announced but not bound)."""
-    return tuple(host for host in hosts if _can_bind(host)) or ("127.0.0.1",)
-
-
-def _can_bind(host: str) -> bool:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
-
-
-def host_id() -> str:
-    """The same for all workers of one machine."""
-    with contextlib.suppress(OSError):
-        return Path("/etc/machine-id").read_text(encoding="ascii", errors="replace").strip()[:32]
-    return socket.gethostname()[:64]
