@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
@@ -23,7 +24,7 @@ MOST_SURE: Final = 8  # times that a worker was found to be as predicted, or cor
 MEMORY: Final = 1 / 16  # weight of the newest step
 OFF: Final = 1.5  # predictions that are wrong by less than this are right
 PAUSE_S: Final = 10.0  # between two corrections by one replica
-UNTIMED: Final = 8.0  # a claim counts for at most this many times what the others have in the middle
+UNTIMED: Final = 8.0  # a claim counts for at most this many times what workers have in the middle
 COMMON: Final = 2.0  # untimed workers share what the timed ones are off, up to this: that's the machines, not a lie
 MAX_FOUND: Final = 4096  # workers, also gone ones, of which something is remembered
 _MOST: Final = math.log(1e6)
@@ -131,10 +132,11 @@ class Observations:
         timed = {w: self.found[w] for w in claims if w in self.found}
         common = math.exp(statistics.median(f.log_factor for f in timed.values())) if timed else 1.0
         common = max(1.0, min(COMMON, common))
+        middle = _Middle.of(claims)
         return {
             w: _slowed(timed[w].profile, math.exp(timed[w].log_factor), claim)
             if w in timed
-            else _slowed(_capped(w, claims), common, claim)
+            else _slowed(_capped(claim, middle), common, claim)
             for w, claim in claims.items()
         }
 
@@ -168,23 +170,33 @@ def _common(profile: WorkerProfile, claim: WorkerProfile, which: int) -> list[tu
     return [(dtype, rate) for dtype, rate in rates.items() if dtype in claimed]
 
 
-def _capped(worker_id: WorkerId, claims: Mapping[WorkerId, WorkerProfile]) -> WorkerProfile:
+class _Middle(NamedTuple):
+    """What workers have in the middle, by dtype; of two, the lower."""
+
+    weight_bytes_per_s: dict[str, float]
+    matmul_flops_per_s: dict[str, float]
+
+    @classmethod
+    def of(cls, claims: Mapping[WorkerId, WorkerProfile]) -> _Middle:
+        return cls(
+            _middle(claim.weight_bytes_per_s for claim in claims.values()),
+            _middle(claim.matmul_flops_per_s for claim in claims.values()),
+        )
+
+
+def _middle(rates: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    by_dtype: defaultdict[str, list[float]] = defaultdict(list)
+    for one in rates:
+        for dtype, rate in one.items():
+            by_dtype[dtype].append(rate)
+    return {dtype: statistics.median_low(found) for dtype, found in by_dtype.items()}
+
+
+def _capped(claim: WorkerProfile, middle: _Middle) -> WorkerProfile:
     """What nobody has timed yet is believed within reason."""
-    claim = claims[worker_id]
-    others = [profile for w, profile in claims.items() if w != worker_id]
-    if not others:
-        return claim
+    weights, flops = claim.weight_bytes_per_s, claim.matmul_flops_per_s
     return replace(
         claim,
-        weight_bytes_per_s=_within(claim.weight_bytes_per_s, [o.weight_bytes_per_s for o in others]),
-        matmul_flops_per_s=_within(claim.matmul_flops_per_s, [o.matmul_flops_per_s for o in others]),
+        weight_bytes_per_s={d: min(rate, UNTIMED * middle.weight_bytes_per_s[d]) for d, rate in weights.items()},
+        matmul_flops_per_s={d: min(rate, UNTIMED * middle.matmul_flops_per_s[d]) for d, rate in flops.items()},
     )
-
-
-def _within(rates: Mapping[str, float], others: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    others = list(others)
-    found = {}
-    for dtype, rate in rates.items():
-        known = [other[dtype] for other in others if dtype in other]
-        found[dtype] = min(rate, UNTIMED * statistics.median(known)) if known else rate
-    return found

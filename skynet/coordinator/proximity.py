@@ -19,7 +19,7 @@ from skynet.protocol.profile import LinkProfile
 
 Pair = tuple[WorkerId, WorkerId]  # in the order of their ids
 MAX_NEAR: Final = 8  # machines that each one is measured with, unless a plan needs more
-MAX_SPREAD: Final = 256  # pairs of two machines that one measurement stands for
+MAX_SPREAD: Final = 64  # workers; in larger swarms a measurement stands for its own pair alone, else it's too many
 OWN_WORTH: Final = 4.0  # a pair this many times slower than others of the same machines keeps what it measured
 ALIKE: Final = 1.5  # links count as equal if none of them is slower than another by more than this
 RETRY_S: Final = (2.0, 15.0, 60.0, 600.0)  # after the first, second... lost probe; then always the last
@@ -56,7 +56,7 @@ def known_links(places: Mapping[WorkerId, Place], measured: Mapping[Pair, LinkPr
         workers[place.machine].append(worker_id)
     found: dict[Pair, LinkProfile] = {}
     for machines, links in sorted(by_machines.items()):
-        found |= _of_machines(machines, links, workers)
+        found |= _of_machines(machines, links, workers if len(places) <= MAX_SPREAD else {})
     found |= {(link.a, link.b): link for link in odd}
     return (*_levelled(found.values()), *_to_coordinator(places, workers))
 
@@ -69,17 +69,17 @@ def _machines(places: Mapping[WorkerId, Place], a: WorkerId, b: WorkerId) -> tup
 def _of_machines(
     machines: tuple[str, str], links: Sequence[LinkProfile], workers: Mapping[str, Sequence[WorkerId]]
 ) -> dict[Pair, LinkProfile]:
-    """Every pair of these two machines with the median of what was measured between them."""
+    """Pairs of these two machines with the median of what was measured between them."""
     round_trip_s = statistics.median(link.round_trip_s for link in links)
     width = statistics.median(link.bandwidth_bytes_per_s for link in links)
-    here, there = workers[machines[0]], workers[machines[1]]
-    pairs = {pair_of(a, b) for a in here for b in there if a != b} if len(here) * len(there) <= MAX_SPREAD else set()
+    here, there = workers.get(machines[0], ()), workers.get(machines[1], ())
+    pairs = {(link.a, link.b) for link in links} | {pair_of(a, b) for a in here for b in there if a != b}
     found = {
         (a, b): LinkProfile(a=a, b=b, round_trip_s=round_trip_s, bandwidth_bytes_per_s=width) for a, b in sorted(pairs)
     }
     for link in links:
         is_slow = link.round_trip_s > OWN_WORTH * round_trip_s or link.bandwidth_bytes_per_s * OWN_WORTH < width
-        if is_slow or not pairs:
+        if is_slow:
             found[link.a, link.b] = link
     return found
 
