@@ -75,6 +75,9 @@ class Completion:
     model: str | None = None  # refuse to run on another one
 
     def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt or "", *(message.content for message in self.messages))
+        _check_text("stop", *self.stop)
+        _check_text("model", self.model or "")
         self.submit(RequestId("unsent"), ())
 
     def submit(self, request_id: RequestId, received: tuple[int, ...]) -> Submit:
@@ -95,6 +98,15 @@ class Completion:
             )
         except ValueError as exc:
             raise errors.ConfigError(str(exc)) from exc
+
+
+def _check_text(what: str, *texts: str) -> None:
+    """Raises ConfigError for bytes of another encoding, which a terminal's arguments may bring as lone surrogates."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise errors.ConfigError(f"{what}: character {exc.start} isn't UTF-8 text; give it as text") from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class LocalSwarm:
             "SKYNET_CONFIG_DIR": str(self.directory / "config"),
             "SKYNET_CACHE_DIR": str(self.directory / "cache"),
             "OMP_NUM_THREADS": str(self.config.threads),
+            **dict.fromkeys(("SKYNET_COORDINATOR", "SKYNET_SWARM", "SKYNET_INVITE"), ""),  # meant for another swarm
         }
         self.coordinator: NodeProcess | None = None
         self.workers: dict[str, NodeProcess] = {}

@@ -118,6 +118,8 @@ def test_an_answer_ends_at_the_end_token(swarm: LocalSwarm, embedded_oracle: Ora
         (("--timeout", "-1"), "--timeout"),
         (("--stop", ""), "stop"),
         (("--temperature", "nan"), "temperature"),
+        (("--stop", "\udcff"), "stop: character 0 isn't UTF-8"),  # a byte that isn't
+        (("--model", "\udcff"), "model: character 0 isn't UTF-8"),
         (("--coordinator", "somewhere:port"), "somewhere:port"),
     ],
 )

@@ -17,7 +17,7 @@ from skynet.errors import ConfigError, RequestFailed, SkyNetError
 from skynet.protocol.control import LinkLost
 from skynet.protocol.ids import PeerId, RequestId
 from skynet.protocol.invites import decode_invite
-from skynet.protocol.messages import CreateInvite, Finished, Notice, Submit, ToClient, Tokens
+from skynet.protocol.messages import ChatMessage, CreateInvite, Finished, Notice, Submit, ToClient, Tokens
 
 Act = Callable[[CoordinatorServer, ClientConfig], Awaitable[None]]
 
@@ -216,3 +216,11 @@ def test_an_impossible_address_is_refused_by_its_option(
     )
     with pytest.raises(ConfigError, match=named):
         config.check_hosts()
+
+
+@pytest.mark.parametrize("text", ["\udcff", "fine \ud800"])
+def test_text_that_cannot_travel_is_refused_where_it_is_given(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"prompt: character .* isn't UTF-8 text"):
+        Completion(prompt=text)
+    with pytest.raises(ConfigError, match="prompt"):
+        Completion(messages=(ChatMessage(role="user", content=text),))
