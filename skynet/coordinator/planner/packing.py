@@ -19,6 +19,7 @@ Replicas = tuple[Chain, ...]
 
 MAX_PACKED: Final = MAX_PARTITIONED  # workers among which sets are chosen exactly
 _FITTING_PER_SET = 3
+_FAILING = 400  # of all sets together, and at least:
 _FAILING_PER_SET = 12
 _ROUNDS = 4
 _IMPROVED_PER_ROUND = 6
@@ -60,12 +61,14 @@ def _try_promising(search: Search, partitions: Partitions, bits: dict[int, int])
     memory, need = search.swarm.memory, search.swarm.replica_bytes
     fitting: Counter[int] = Counter()
     failed: Counter[int] = Counter()
-    for partition in partitions.ranked:
-        members = list(itertools.chain(*partition.members))
-        mask = sum(bits[member] for member in members)
-        if fitting[mask] >= _FITTING_PER_SET or failed[mask] >= _FAILING_PER_SET:
-            continue
-        if sum(memory[member] for member in members) < need:
+    roomy = [
+        (sum(bits[m] for members in partition.members for m in members), partition)
+        for partition in partitions.ranked
+        if sum(memory[m] for members in partition.members for m in members) >= need
+    ]
+    most_failing = max(_FAILING_PER_SET, _FAILING // max(1, len({mask for mask, _ in roomy})))
+    for mask, partition in roomy:
+        if fitting[mask] >= _FITTING_PER_SET or failed[mask] >= most_failing:
             continue
         if search.try_first(partitions.orders(partition)) is None:
             failed[mask] += 1

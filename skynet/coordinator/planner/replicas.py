@@ -12,7 +12,9 @@ from skynet.coordinator.planner.sites import cut_site, sites
 
 _SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
 _TRADES = 30
+_PEELED_UP_TO = 20  # workers; it searches anew for each replica
 _REPACKINGS = 4
+_MAX_PACKINGS = 8  # of one plan: some 50 ms each
 _WINDOW = 6  # workers whose replicas are put together anew at once
 _FEW_REPLICAS = 6  # up to here each replica in turn is dissolved into the others
 
@@ -37,7 +39,7 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
             break
     if not found:
         return []
-    if not search.swarm.is_large:
+    if len(workers) <= _PEELED_UP_TO:
         found.append(_peeled(search, workers))
     best = max(found, key=rate)
     if not search.swarm.is_large:
@@ -137,6 +139,7 @@ def _repacked(search: Search, replicas: Replicas, workers: Sequence[int]) -> Rep
     """Dissolve replicas next to each other, with spares near them, and put them together anew while that helps."""
     swarm, current = search.swarm, list(replicas)
     order = {worker: i for i, worker in enumerate(itertools.chain.from_iterable(sites(swarm, workers)))}
+    left = _MAX_PACKINGS
     for _ in range(_REPACKINGS):
         current.sort(key=lambda c: min(order[m] for members in c.arrangement for m in members))
         for i in range(len(current)):
@@ -144,8 +147,9 @@ def _repacked(search: Search, replicas: Replicas, workers: Sequence[int]) -> Rep
             inside = [m for chain in some for members in chain.arrangement for m in members]
             spares = sorted(_unused(current, workers), key=lambda w: abs(order[w] - order[inside[0]]))
             inside += spares[: max(0, _WINDOW - len(inside))]
-            if not 2 <= len(inside) <= _WINDOW:
+            if not 2 <= len(inside) <= _WINDOW or left <= 0:
                 continue
+            left -= 1
             better = max(packings(search, inside), key=rate, default=())
             if rate(better) > rate(tuple(some)) * (1 + 1e-9):
                 current = [chain for chain in current if chain not in some] + list(better)
@@ -174,14 +178,10 @@ def _unused(replicas: Sequence[Chain], workers: Sequence[int]) -> list[int]:
 def _trimmed(search: Search, replicas: Replicas) -> Replicas:
     """Each replica with the fewest of its workers that keep its rate within the threshold."""
     threshold = 1 + search.swarm.config.improvement_threshold
-    chains = search.chains()
+    chains = [(c, frozenset(itertools.chain(*c.arrangement))) for c in search.chains()]
     found = []
     for chain in replicas:
         members = {m for group in chain.arrangement for m in group}
-        near = [
-            c
-            for c in chains
-            if c.value <= chain.value * threshold and members.issuperset(itertools.chain(*c.arrangement))
-        ]
+        near = [c for c, workers in chains if c.value <= chain.value * threshold and workers <= members]
         found.append(min(near, key=lambda c: (c.num_workers, c.value, c.arrangement), default=chain))
     return tuple(found)

@@ -18,7 +18,7 @@ _FEW_WORKERS = 12
 _SPLIT_UP_TO = 5  # ranks of a group that local search divides in every way
 _STARTS = 3  # local searches among few workers
 _POOL = 48
-_PROMISING, _FAILING = 40, 120  # layouts of few workers worked out before local search
+_PROMISING, _FAILING = 40, 400  # layouts of few workers worked out before local search
 
 
 class Search:

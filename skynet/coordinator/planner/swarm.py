@@ -22,7 +22,7 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import LayerSpan, RankShare
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
-_FULL_VARIANTS = 6  # in larger swarms uneven memory inside one group matters less than which groups there are
+_FULL_VARIANTS = 7  # in larger swarms uneven memory inside one group matters less than which groups there are
 _CHOICE_BYTES = 8  # per token and chosen expert: which, and its weight
 _EXPERT_OVERHEAD = 1 / 6  # of a layer's fixed cost: what each expert in use adds to it, about ten operations of sixty
 # Measured on CPUs against whole stages (docs/benchmarks/planner_cpu_2026-11.md):
