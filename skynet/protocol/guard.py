@@ -52,7 +52,9 @@ class GuardConfig:
     max_unidentified: int = 512  # connections per socket that haven't sent a frame yet
     max_unidentified_per_host: int = 64
     dead_peer_s: int = 4  # no sign of life from the peer's kernel for this long ends a connection; the default lease
-    interval_s: float = 0.05  # between two looks at the counters; 0.005 while a connection is unidentified
+    interval_s: float = 0.05  # between two looks at the counters
+    handshake_interval_s: float = 0.005  # the same while a connection may be anybody's:
+    handshake_s: float = 3.0  # for so long from its start; then libzmq has ended it, or its key is admitted
 
 
 def frame_wire_bytes(payload_bytes: int) -> int:
@@ -250,14 +252,15 @@ class GuardThread:
         for watch in self._watches.values():
             for fd, connection in watch.connections.items():
                 credit = watch.credits.get(fd)
-                has_stranger |= credit is None and connection.is_accepted
+                is_new = now - connection.opened_at < self._config.handshake_s
+                has_stranger |= credit is None and connection.is_accepted and is_new
                 delivered = 0 if credit is None else credit.num_bytes  # before the kernel's count, which only grows
                 state = tcp_state(connection)
                 if state is not None and not connection.is_cut:
                     self._judge(watch, connection, credit, state, state.bytes_received - delivered, now)
         self._look_at_plain()
         num_connections = len(self._plain) + sum(len(watch.connections) for watch in self._watches.values())
-        interval = 0.005 if has_stranger else self._config.interval_s
+        interval = self._config.handshake_interval_s if has_stranger else self._config.interval_s
         return max(interval, num_connections * _SECONDS_PER_CONNECTION)
 
     def _look_at_plain(self) -> None:

@@ -11,7 +11,8 @@ import os
 import socket as sockets
 import stat
 import struct
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 # Of struct tcp_info: retransmits, probes; unacked, ms since the last ACK; bytes_received (Linux 4.1), snd_wnd (5.4).
@@ -28,6 +29,7 @@ class TcpConnection:
     fd: int
     inode: int
     is_accepted: bool
+    opened_at: float = field(default_factory=time.monotonic)
     host: str = ""
     is_cut: bool = False
 

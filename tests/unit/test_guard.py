@@ -54,6 +54,21 @@ def test_a_file_is_never_shut_down_nor_watched(tmp_path: Path) -> None:
             made.close()
 
 
+def test_a_connection_is_looked_at_most_often_until_its_handshake_must_be_over() -> None:
+    config = GuardConfig(interval_s=0.5, handshake_interval_s=0.01, handshake_s=3)
+    with zmq.Context() as context, connected() as (_, far):
+        wake, woken, monitor = (context.socket(zmq.PAIR) for _ in range(3))
+        guard = GuardThread(PeerRegistry(), wake, woken, config)
+        watch = Watch("relay", monitor, None)
+        guard._watches[monitor] = watch
+        guard._event(watch, int(zmq.Event.ACCEPTED), far.fileno())
+        opened_at = watch.connections[far.fileno()].opened_at
+        assert guard._look(opened_at + 2.9) == config.handshake_interval_s
+        assert guard._look(opened_at + 3.1) == config.interval_s  # admitted, and silent
+        for made in (wake, woken, monitor):
+            made.close()
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
     """The two ends of a TCP connection; waits of theirs end after 10 s."""
