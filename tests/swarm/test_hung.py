@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import queue
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,19 +16,29 @@ from skynet.client.swarm import Completion, CompletionStream, Event
 from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 
 pytestmark = pytest.mark.long  # it takes longer than 15 s to be sure that a thread hangs
-PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
 PROMPT = "Once upon a time"
 
 
 def stop_thread(tid: int) -> str | None:
-    """Stop this thread alone, as long as the calling thread lives; why not, if it can't be done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-    libc.ptrace.restype = ctypes.c_long
-    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
-        if libc.ptrace(request, tid, None, None):
-            return os.strerror(ctypes.get_errno())
-    return None
+    """Stop this thread alone until it is killed; why not, if it can't be done."""
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def trace() -> None:  # whoever traces a thread must also reap it, else its process never ends
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        libc.ptrace.restype = ctypes.c_long
+        for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+            if libc.ptrace(request, tid, None, None):
+                answers.put(os.strerror(ctypes.get_errno()))
+                return
+        answers.put(None)
+        with contextlib.suppress(ChildProcessError):
+            while os.WIFSTOPPED(os.waitpid(tid, WALL)[1]):
+                pass
+
+    threading.Thread(target=trace, name="tracer", daemon=True).start()
+    return answers.get(timeout=5)
 
 
 @pytest.fixture
