@@ -32,6 +32,7 @@ class Survey:
         self._clock = clock
         self._probes = Probes()
         self._reported = asyncio.Event()
+        self._num_lost = 0
         self._nonces = itertools.count(1)  # 0 is asked of workers whose step is late
 
     def links(self) -> tuple[LinkProfile, ...]:
@@ -62,7 +63,10 @@ class Survey:
             self._membership.mark_cut(*pair_of(worker_id, WorkerId(peer)), self._clock())
 
     def forget(self, worker_id: WorkerId) -> None:
+        """It is lost: whoever waits for measurements has a new plan to make."""
         self._probes.forget(worker_id)
+        self._num_lost += 1
+        self._reported.set()
 
     def on_pong(self, worker_id: WorkerId, nonce: int) -> None:
         """The answer to a `ping`."""
@@ -97,14 +101,14 @@ class Survey:
             self._probes.ask((a, b), self._clock())
             self._transport.send_control(b, Probe(peers=(members[a].peer_info,), measures=False))
             self._transport.send_control(a, Probe(peers=(members[b].peer_info,), measures=True))
-        since = self._clock()
+        since, num_lost = self._clock(), self._num_lost
 
         def is_missing(pair: Pair) -> bool:
             return members.keys() >= set(pair) and self._membership.measured_at.get(pair, since - 1) < since
 
         try:
             async with asyncio.timeout(self._config.probe_s):
-                while any(map(is_missing, pairs)):
+                while self._num_lost == num_lost and any(map(is_missing, pairs)):
                     self._reported.clear()
                     await self._reported.wait()
         except TimeoutError:

@@ -519,6 +519,25 @@ def test_near_worker_that_joins_takes_the_place_of_a_far_one(model: ServedModel)
     play(model, act, layout="2x1", probe_s=0.05, explore_s=0.01)
 
 
+def test_a_loss_ends_the_wait_for_measurements(model: ServedModel) -> None:
+    """They may be those of the worker that is lost, and the answer waits for a plan."""
+
+    async def act(stage: Stage) -> None:
+        for name in "abcd":
+            stage.join(name, host_id=name)
+        await until(lambda: bool(stage.serving()) and stage.engine.fleet.is_idle)
+        first, second = stage.serving()
+        stage.num_lost_probes = num_probes = 100
+        stage.engine.drain(first)
+        await until(lambda: stage.num_lost_probes < num_probes)
+        client = stage.ask("r", max_tokens=200)
+        stage.kill(second)
+        await until(lambda: client.end is not None)
+        assert len(client.token_ids) == 200
+
+    play(model, act, probe_s=3600.0, explore_s=3600.0)
+
+
 def test_workers_that_cannot_reach_each_other_are_not_put_together_again(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         a, b = stage.join("a", host_id="box"), stage.join("b", host_id="hut")
