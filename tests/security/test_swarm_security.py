@@ -259,6 +259,7 @@ def test_a_revoked_node_is_cut_off_at_once_and_cannot_come_back(
     assert guest.wait(20) == AdmissionRefused.exit_code
     assert "revoked" in guest.lines[-1]
     swarm.workers.pop("guest")
+    swarm.workers["w0"].wait_for(rf"peer cut off peer={guest_id}\.guest", 5)  # its key opens nothing there either
     again = command(tmp_path / "config", "worker", "--coordinator", f"127.0.0.1:{swarm.port}", "--device", "cpu")
     assert again.returncode == AdmissionRefused.exit_code
     assert "revoked" in again.stderr
