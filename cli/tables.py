@@ -18,17 +18,17 @@ def human_bytes(count: float) -> str:
 
 
 def render_status(facts: dict[str, Any], width: int | None = None) -> str:
-    """The swarm in one screen: the model, its workers, its requests."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("worker", "device", "memory", "holds", "share", "link", "tokens/s", "state"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("holds", "share", "tokens/s"))
+    """The swarm in one screen, 80 columns wide where names are short: the model, its workers, its requests."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for column in ("worker", "device", "memory", "layers", "share", "link", "tokens/s", "state"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("layers", "share", "link", "tokens/s"))
     for worker in facts["workers"]:
         table.add_row(
             worker["id"].split(".", 1)[-1],
-            f"{worker['device_name']} ({worker['device']}, {worker['threads']} thread{'s' * (worker['threads'] != 1)})",
-            f"{human_bytes(worker['weight_bytes'] + worker['kv_bytes'])} of {human_bytes(worker['memory_bytes'])}",
+            _device(worker),
+            f"{_short_bytes(worker['weight_bytes'] + worker['kv_bytes'])}/{_short_bytes(worker['memory_bytes'])}",
             worker["layers"] or "-",
-            worker["share"] or "-",
+            (worker["share"] or "-").removeprefix("rank "),
             f"{worker['link_ms']:.2f} ms" if worker["link_ms"] is not None else "-",
             f"{worker['tokens_per_s']:.1f}" if worker["tokens_per_s"] else "-",
             worker["state"],
@@ -39,10 +39,23 @@ def render_status(facts: dict[str, Any], width: int | None = None) -> str:
         console.print(f"swarm {facts['name']}  key {facts['fingerprint']}  epoch {facts['epoch'] or '-'}", style="bold")
         console.print(f"model {model['name']} ({model['type']}, {model['num_layers']} layers, {model['dtype']})")
         for replica in facts["replicas"]:
-            state = f"{replica['layout']} ({replica['phase']}), {replica['num_sequences']} sequences"
+            speed = f"{replica['predicted_decode_tokens_per_s']:.0f} tokens/s expected of one sequence"
+            state = f"{replica['layout']} ({replica['phase']}), {replica['num_sequences']} sequences, {speed}"
             console.print(f"replica {replica['epoch']}: {state}")
         if facts["shortage"]:
             console.print(f"not serving: {facts['shortage']}", style="yellow")
         console.print(table if facts["workers"] else "no workers yet: run `skynet worker` on this or another machine")
         console.print(f"requests: {facts['num_requests']} in progress, {facts['num_queued']} waiting")
     return capture.get().rstrip("\n")
+
+
+def _short_bytes(count: float) -> str:
+    """17.4 GiB -> 17G; 1.5 GiB stays 1.5G."""
+    number, unit = human_bytes(count).split()
+    return f"{float(number):.{1 if float(number) < 10 else 0}f}{unit[0]}"
+
+
+def _device(worker: dict[str, Any]) -> str:
+    if worker["device"] == "cpu":
+        return f"cpu, {worker['threads']} thread{'s' * (worker['threads'] != 1)}"
+    return f"{worker['device']}, {worker['device_name']}"

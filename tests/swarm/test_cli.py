@@ -250,7 +250,7 @@ def test_status_shows_every_column(swarm: LocalSwarm, user: User) -> None:
         assert worker["loading"] is None
     assert any(worker["link_ms"] for worker in facts["workers"])  # those that a plan was interested in
     table = user.run("status").stdout
-    for column in ("worker", "device", "memory", "holds", "share", "link", "tokens/s", "state"):
+    for column in ("worker", "device", "memory", "layers", "share", "link", "tokens/s", "state"):
         assert column in table
     assert "2x1 (serving)" in table
     assert "requests: 0 in progress, 0 waiting" in table
