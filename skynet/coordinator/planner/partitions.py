@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from skynet.coordinator.planner.config import Objective
+from skynet.coordinator.planner.groups import Group
 from skynet.coordinator.planner.predict import Arrangement
-from skynet.coordinator.planner.swarm import Group, Swarm
+from skynet.coordinator.planner.swarm import Swarm
 
 MAX_PARTITIONED: Final = 7  # workers: 4,139 partitions of their subsets, some 60 ms
 _MAX_PERMUTED = 4  # groups of which every order is looked at

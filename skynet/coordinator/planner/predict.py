@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from skynet.coordinator.planner.allot import INFINITY, Option, allot
 from skynet.coordinator.planner.config import Objective
+from skynet.coordinator.planner.groups import Group, Variant
 from skynet.coordinator.planner.model import Prediction
-from skynet.coordinator.planner.swarm import Group, StepKind, Swarm, Variant
+from skynet.coordinator.planner.swarm import StepKind, Swarm
 
 Arrangement = tuple[tuple[int, ...], ...]  # groups of worker indices in pipeline order
 

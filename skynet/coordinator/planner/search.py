@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from skynet.coordinator.planner.config import Objective
+from skynet.coordinator.planner.groups import Group
 from skynet.coordinator.planner.partitions import MAX_PARTITIONED, Partitions
 from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
 from skynet.coordinator.planner.sites import group_lists
-from skynet.coordinator.planner.swarm import Group, Swarm
+from skynet.coordinator.planner.swarm import Swarm
 
 _NEW_RANK = 60  # effort of working out one rank of a new group, in the unit of `search_effort`
 _MAX_LOCAL_WORKERS = 40
