@@ -18,10 +18,11 @@ from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
 from skynet.coordinator.scheduler import Scheduler, SchedulerConfig
 from skynet.coordinator.stepping import Stepper
 from skynet.protocol.ids import WorkerId
-from skynet.protocol.messages import ModelRef, PeerInfo, Prepare
+from skynet.protocol.messages import ModelRef, PeerInfo, Prepare, ShareChunks
 from skynet.protocol.plan import Epoch, StageAssignment
 
 logger = logging.getLogger(__name__)
+MAX_HELPERS = 8  # workers outside of a replica that its workers may fetch chunks from
 
 
 class Transitions:
@@ -107,19 +108,27 @@ class Transitions:
         if gone:
             raise ReplicaFault(f"{', '.join(sorted(gone))} left before the plan was carried out", frozenset(gone))
         peers = {w: members[w].peer_info for w in sorted(replica.workers)}
+        helpers = self._helpers(replica)
+        for worker_id in helpers:
+            self._transport.send_control(worker_id, ShareChunks(peers=tuple(peers.values())))
+        sources = {**peers, **{w: members[w].peer_info for w in helpers}}
         ours = self._sources()
-        others = {w: member.peer_info for w, member in members.items()}
         orders = {
             worker_id: Prepare(
                 epoch=replica.epoch,
                 model=self._model,
                 assignment=assignment,
                 peers=tuple(p for w, p in peers.items() if w != worker_id),
-                sources=(*ours, *(p for w, p in others.items() if w != worker_id)),
+                sources=(*ours, *(p for w, p in sources.items() if w != worker_id)),
             )
             for worker_id, assignment in replica.assignments.items()
         }
         await replica.prepare(orders, self._config.silence_s)
+
+    def _helpers(self, replica: Replica) -> list[WorkerId]:
+        """Some others who hold chunks."""
+        holding = [w for w, member in self._membership.members.items() if member.weight_bytes]
+        return sorted(set(holding) - replica.workers)[:MAX_HELPERS]
 
     async def _warm_up(self, fresh: Replica, old: list[Replica]) -> None:
         """Build the KV of running sequences in the new epoch, while the old one goes on between our steps.

@@ -235,6 +235,14 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShareChunks:
+    """Coordinator -> worker: these load what you may hold chunks of; let them fetch from you."""
+
+    kind: ClassVar[str] = "share_chunks"
+    peers: tuple[PeerInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShutOut:
     """Coordinator -> worker: these processes were revoked; cut their connections and let them in no more."""
 
@@ -506,7 +514,7 @@ WorkMessage = StepDone | StepFailed | Ping  # a Ping opens the link: only then c
 ClientMessage = Submit | Cancel | GetStatus | GetProfiles
 AdminMessage = CreateInvite | ListInvites | RevokeInvite | ListNodes | Approve | Revoke | Drain
 ToCoordinator = WorkerMessage | ClientMessage | AdminMessage | Ping
-ToWorker = Joined | Prepare | Link | Abort | Discard | Probe | ShutOut | Released | Evicted | Ping | Pong
+ToWorker = Joined | Prepare | Link | Abort | Discard | Probe | ShareChunks | ShutOut | Released | Evicted | Ping | Pong
 ToClient = Tokens | Finished | Notice | Failed | Answer | Pong | Evicted
 
 TO_COORDINATOR: Final[tuple[type[ToCoordinator], ...]] = (
@@ -515,7 +523,7 @@ TO_COORDINATOR: Final[tuple[type[ToCoordinator], ...]] = (
     CreateInvite, ListInvites, RevokeInvite, ListNodes, Approve, Revoke, Drain,
 )  # fmt: skip
 TO_WORKER: Final[tuple[type[ToWorker], ...]] = (
-    Joined, Prepare, Link, Abort, Discard, Probe, ShutOut, Released, Evicted, Ping, Pong,
+    Joined, Prepare, Link, Abort, Discard, Probe, ShareChunks, ShutOut, Released, Evicted, Ping, Pong,
 )  # fmt: skip
 TO_CLIENT: Final[tuple[type[ToClient], ...]] = (Tokens, Finished, Notice, Failed, Answer, Pong, Evicted)
 WORK_TO_COORDINATOR: Final[tuple[type[WorkMessage], ...]] = (StepDone, StepFailed, Ping)

@@ -54,6 +54,7 @@ from skynet.protocol.messages import (
     PrepareFailed,
     Probe,
     Released,
+    ShareChunks,
     ShutOut,
     ToWorker,
 )
@@ -278,10 +279,12 @@ class Agent:
                 self._discard(message.epoch)
                 if self._held is not None and self._held.epoch == message.epoch:
                     self._held = None  # the coordinator wants it no more
+            case ShareChunks():
+                self._welcome.to_fetch(message.peers, time.monotonic())
             case ShutOut():
                 self._welcome.shut_out(message.peers)
             case Probe():
-                self._welcome.for_a_while(message.peers, time.monotonic())
+                self._welcome.to_measure(message.peers, time.monotonic())
                 self._compute.order(MeasureLinks(message.peers, message.measures, WorkerId(self._worker_id)))
             case Released():
                 logger.info("released: nothing depends on this worker any more")

@@ -84,9 +84,8 @@ class ChunkSharing:
     # -- called from loader threads
 
     def links(self) -> Sequence[PeerLink]:
-        """The ways to chunks: those that are open, or all if none is yet."""
-        sources = list(self._sources.values())
-        return [source.link for source in sources if source.client.is_attached] or [source.link for source in sources]
+        """The ways to other nodes, open or not."""
+        return [source.link for source in list(self._sources.values())]
 
     def manifest(self, digest: ManifestDigest, cancel: threading.Event) -> Manifest:
         """From the machine's cache or another node. Raises WeightError, StepAborted."""
@@ -94,7 +93,7 @@ class ChunkSharing:
 
     def chunks(self) -> PeerChunks:
         """Every other node as one source of chunks."""
-        return PeerChunks(self.links, self._on_bad_sender)
+        return PeerChunks(lambda: [link for link in self.links() if link.is_open], self._on_bad_sender)
 
     def offer(self, manifest: Manifest, directories: Sequence[Path]) -> None:
         """Others may have these chunks from us."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +20,8 @@ from skynet.protocol.ids import PeerId
 logger = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.1
+_OPEN_S: Final = 5.0  # for the first connection to a node that answers
+_LOOK_S: Final = 0.02
 
 
 def chunk_name(digest: bytes) -> str:
@@ -37,6 +40,10 @@ class PeerLink(Protocol):
     @property
     def peer_id(self) -> PeerId: ...
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection; without one a fetch waits a little for it."""
+
     def fetch(
         self, name: str, offset: int, size: int | None, into: bytearray, max_bytes: int, cancel: threading.Event
     ) -> None:
@@ -53,6 +60,11 @@ class LoopLink:
         self.peer_id = peer_id
         self._client = client
         self._loop = loop
+
+    @property
+    def is_open(self) -> bool:
+        """See PeerLink."""
+        return self._client.is_attached
 
     def fetch(
         self, name: str, offset: int, size: int | None, into: bytearray, max_bytes: int, cancel: threading.Event
@@ -89,11 +101,12 @@ def fetch_manifest(
         return decode_manifest(path.read_bytes(), digest)
     except (OSError, MalformedMessage):
         pass  # not here, or damaged: fetch it
+    cancel = cancel or threading.Event()
     reasons = []
-    for link in links:
+    for link in _as_they_open(links, cancel):
         data = bytearray()
         try:
-            link.fetch(manifest_name(digest), 0, None, data, MAX_MANIFEST_BYTES, cancel or threading.Event())
+            link.fetch(manifest_name(digest), 0, None, data, MAX_MANIFEST_BYTES, cancel)
             manifest = decode_manifest(bytes(data), digest)
         except (TransferFailed, MalformedMessage) as exc:
             reasons.append(f"{link.peer_id}: {exc}")
@@ -107,3 +120,17 @@ def fetch_manifest(
         f"manifest {digest}: none of {len(links)} nodes sent it ({'; '.join(reasons)[:500]}); "
         "check that the coordinator runs"
     )
+
+
+def _as_they_open(links: Sequence[PeerLink], cancel: threading.Event) -> Iterator[PeerLink]:
+    """Each link once, those with a connection first; those that get none in time last."""
+    waiting, deadline = list(links), time.monotonic() + _OPEN_S
+    while waiting:
+        link = next((link for link in waiting if link.is_open), None)
+        if link is None and time.monotonic() < deadline:
+            if cancel.wait(_LOOK_S):
+                raise StepAborted("loading was cancelled")
+            continue
+        link = link or waiting[0]
+        waiting.remove(link)
+        yield link

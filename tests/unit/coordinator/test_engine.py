@@ -38,6 +38,7 @@ from skynet.protocol.messages import (
     PrepareFailed,
     Probe,
     Released,
+    ShareChunks,
     Submit,
     ToClient,
     Tokens,
@@ -105,6 +106,7 @@ class Stage:
     slow: set[WorkerId] = field(default_factory=set)  # whose links are slow
     num_lost_probes: int = 0  # that many more measurements come to nothing
     apart: set[frozenset[WorkerId]] = field(default_factory=set)  # can't reach each other
+    shared: dict[WorkerId, set[WorkerId]] = field(default_factory=dict)  # with whom, though they aren't in its plan
     held: dict[WorkerId, set[Epoch]] = field(default_factory=dict)  # shards
     cells: dict[tuple[Epoch, int, int], int] = field(default_factory=dict)  # KV cache
     heard: dict[tuple[Epoch, int], set[WorkerId]] = field(default_factory=dict)  # who has got a step
@@ -169,6 +171,8 @@ class Stage:
                 self.num_lost_probes -= 1
             case Probe() if message.measures:
                 self.engine.measured(worker_id, [self._measure(worker_id, WorkerId(p.peer_id)) for p in message.peers])
+            case ShareChunks():
+                self.shared[worker_id] = {WorkerId(peer.peer_id) for peer in message.peers}
             case Released():
                 self.released.add(worker_id)
                 self.live.discard(worker_id)
@@ -517,6 +521,19 @@ def test_near_worker_that_joins_takes_the_place_of_a_far_one(model: ServedModel)
         await until(lambda: set(stage.serving()) == {near, late})
 
     play(model, act, layout="2x1", probe_s=0.05, explore_s=0.01)
+
+
+def test_who_leaves_lets_its_successor_fetch_what_it_holds(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        stage.join("a")
+        await until(lambda: bool(stage.serving()))
+        successor = stage.join("b")
+        (leaver,) = stage.serving()
+        stage.engine.drain(leaver)
+        await until(lambda: leaver in stage.released)
+        assert stage.shared == {leaver: {successor}}
+
+    play(model, act, layout="1x1")
 
 
 def test_a_loss_ends_the_wait_for_measurements(model: ServedModel) -> None:

@@ -174,6 +174,32 @@ def test_a_node_that_has_nothing_is_passed_over(
         fetch_manifest(ManifestDigest("0" * 64), nodes.links, tmp_path / "my-cache")
 
 
+class Gone:
+    """A node that nobody has a connection to."""
+
+    peer_id = PeerId("gone.0")
+    is_open = False
+
+    def fetch(
+        self, name: str, offset: int, size: int | None, into: bytearray, max_bytes: int, cancel: threading.Event
+    ) -> None:
+        raise TransferFailed("waited in vain", "busy")
+
+
+def test_a_manifest_is_had_from_who_is_reached_before_anybody_is_waited_for(
+    nodes: Nodes, manifest: Manifest, checkpoint: Path, tmp_path: Path
+) -> None:
+    nodes.add("full.0", shelf_of(manifest, checkpoint, tmp_path))
+    asked: list[str] = []
+
+    class Watched(Gone):
+        def fetch(self, name: str, *_: object) -> None:
+            asked.append(name)
+
+    assert fetch_manifest(manifest.digest, [Watched(), nodes.links[0]], tmp_path / "my-cache") == manifest
+    assert not asked
+
+
 class Breaking:
     """A link that breaks in the middle of each chunk, after so many bytes of it."""
 
@@ -181,6 +207,7 @@ class Breaking:
         self.peer_id = link.peer_id
         self._link, self._after_bytes = link, after_bytes
         self.breaks = 0
+        self.is_open = True
 
     def fetch(
         self, name: str, offset: int, size: int | None, into: bytearray, max_bytes: int, cancel: threading.Event

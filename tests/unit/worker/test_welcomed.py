@@ -12,7 +12,7 @@ from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import ModelRef, PeerInfo, Prepare
 from skynet.protocol.plan import Epoch, LayerSpan, RankShare, Span, StageAssignment
 from skynet.protocol.sockets import SocketFactory
-from skynet.worker.welcomed import PROBE_S, Welcomed
+from skynet.worker.welcomed import FETCH_S, PROBE_S, Welcomed
 
 ME = WorkerId("me")
 KEYS = {name: ProcessKey.generate().public for name in ("a", "b", "c", COORDINATOR)}
@@ -76,9 +76,20 @@ def test_revoked_peer_is_shut_out_at_once_and_the_coordinator_never(factory: Soc
 
 def test_peer_of_a_measurement_comes_in_for_a_while(factory: SocketFactory) -> None:
     welcomed = Welcomed(factory)
-    welcomed.for_a_while([info("b")], 0.0)
+    welcomed.to_measure([info("b")], 0.0)
     welcomed.only([order(1, "a", ())], PROBE_S - 1)
     assert let_in(factory) == {"a", "b"}
-    welcomed.for_a_while([info("a")], PROBE_S)
+    welcomed.to_measure([info("a")], PROBE_S)
     welcomed.only([order(1, "a", ())], 3 * PROBE_S)
     assert let_in(factory) == {"a"}
+
+
+def test_who_loads_what_we_hold_comes_in_for_chunks_alone(factory: SocketFactory) -> None:
+    welcomed = Welcomed(factory)
+    welcomed.only([order(1, "a", ())], 0.0)
+    welcomed.to_fetch([info("a"), info("b")], 0.0)
+    assert (let_in(factory), let_in(factory, "bulk")) == ({"a"}, {"a", "b"})
+    welcomed.only([order(1, "a", ())], FETCH_S - 1)
+    assert let_in(factory, "bulk") == {"a", "b"}
+    welcomed.only([order(1, "a", ())], FETCH_S + 1)
+    assert let_in(factory, "bulk") == {"a"}
