@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -25,7 +25,7 @@ MEMORY: Final = 1 / 16  # weight of the newest step
 OFF: Final = 1.5  # predictions that are wrong by less than this are right
 PAUSE_S: Final = 10.0  # between two corrections by one replica
 UNTIMED: Final = 8.0  # a claim counts for at most this many times what workers have in the middle
-COMMON: Final = 2.0  # untimed workers share what the timed ones are off, up to this: that's the machines, not a lie
+COMMON: Final = 2.0  # what timed workers are off holds for untimed ones that say something else up to this
 MAX_FOUND: Final = 4096  # workers, also gone ones, of which something is remembered
 _MOST: Final = math.log(1e6)
 
@@ -130,15 +130,23 @@ class Observations:
     def corrected(self, claims: Mapping[WorkerId, WorkerProfile]) -> dict[WorkerId, WorkerProfile]:
         """Profiles to plan with."""
         timed = {w: self.found[w] for w in claims if w in self.found}
-        common = math.exp(statistics.median(f.log_factor for f in timed.values())) if timed else 1.0
-        common = max(1.0, min(COMMON, common))
         middle = _Middle.of(claims)
         return {
             w: _slowed(timed[w].profile, math.exp(timed[w].log_factor), claim)
             if w in timed
-            else _slowed(_capped(claim, middle), common, claim)
+            else _slowed(_capped(claim, middle), _untimed_factor(claim, timed.values()), claim)
             for w, claim in claims.items()
         }
+
+
+def _untimed_factor(claim: WorkerProfile, timed: Collection[Found]) -> float:
+    """How much slower than it says a worker is: as much as its like on the same machine, else as all within reason."""
+    here = [found for found in timed if claim.host_id and found.claim.host_id == claim.host_id]
+    alike = [found.log_factor for found in here if _are_alike(found.claim, claim)]
+    if alike:
+        return math.exp(max(0.0, statistics.median(alike)))
+    common = statistics.median(found.log_factor for found in timed) if timed else 0.0
+    return max(1.0, min(COMMON, math.exp(common)))
 
 
 def _are_alike(one: WorkerProfile, other: WorkerProfile) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from skynet.coordinator.observed import MIN_STEPS, OFF, PAUSE_S, UNTIMED, Observations, Pace
-from skynet.coordinator.planner import Plan, PlannerConfig, plan
+from skynet.coordinator.planner import Layout, Plan, PlannerConfig, plan
 from skynet.models.spec import ModelSpec
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.profile import LinkProfile, WorkerProfile
@@ -125,6 +125,20 @@ def test_load_that_comes_and_goes_does_not_make_plans_flap() -> None:
     for turn in range(12):
         world.run(50, scatter=0.4, load=3.0 if turn % 2 else 1.0, seed=turn)
     assert world.num_moves <= 3
+
+
+def test_like_worker_that_joins_on_a_busy_machine_takes_nothing_over() -> None:
+    busy = profile(factor=1 / 3.5)
+    world = World({A: profile()}, {A: busy})
+    world.config = replace(CONFIG, layout=Layout(1, 1))
+    world.run(200)
+    world.claims[B], world.truth[B] = profile(), busy
+    world.observations.joined(B, world.claims[B])
+    world.replan()
+    world.run(200)
+    assert world.plan is not None
+    assert world.plan.worker_ids == (A,)
+    assert world.num_moves == 0
 
 
 def test_worker_that_became_slow_loses_its_work_to_another() -> None:
