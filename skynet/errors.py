@@ -24,6 +24,14 @@ class MalformedMessage(ProtocolError):
     """Bytes that don't decode, or a field of the wrong type or out of bounds."""
 
 
+class Nonsense(MalformedMessage):
+    """What this worker sent for a step can't be used; it isn't fit to take part in one."""
+
+    def __init__(self, message: str, sender: str) -> None:
+        super().__init__(message)
+        self.sender = sender
+
+
 class UnknownKind(ProtocolError):
     """A message kind this side doesn't know."""
 

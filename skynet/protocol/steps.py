@@ -65,10 +65,14 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed:
-    """Rank -> coordinator: this step can't be finished; `suspect` is the peer that didn't answer, if one is known."""
+    """Rank -> coordinator: this step can't be finished.
+
+    `suspect` is the peer that is to blame, if one is known; `is_nonsense` says that it sent what can't be used.
+    """
 
     kind: ClassVar[str] = "step_failed"
     epoch: Epoch
     step: int
     reason: str
     suspect: str | None = None
+    is_nonsense: bool = False

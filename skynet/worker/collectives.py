@@ -12,7 +12,8 @@ class Collective(Protocol):
     """The ranks of one stage, in one epoch. Every rank makes the same calls in the same order.
 
     Each call blocks until it is done, up to the group's own deadline: then it raises WorkerTimeout or WorkerLost, and
-    StepAborted when it was ended on purpose. Results never share memory with arguments that the caller still changes.
+    StepAborted when it was ended on purpose, Nonsense when a rank sent what can't be used. Results never share memory
+    with arguments that the caller still changes.
     """
 
     @property

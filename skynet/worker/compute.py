@@ -18,7 +18,7 @@ from typing import Final
 import torch
 import zmq
 
-from skynet.errors import ConfigError, ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError, WorkerLost
+from skynet.errors import ConfigError, Nonsense, ProtocolError, SkyNetError, StepAborted, StepRejected, WorkerError
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.ids import PeerId, WorkerId
@@ -358,9 +358,17 @@ class ComputeThread:
                 work.socket.send_multipart(encode(reply), zmq.NOBLOCK)
             except zmq.Again:
                 logger.warning("result dropped: the coordinator doesn't read epoch=%s step=%d", step.epoch, step.step)
+        if isinstance(reply, StepFailed) and reply.is_nonsense and reply.suspect is not None:
+            self._shut_out(PeerId(reply.suspect))
+
+    def _shut_out(self, peer_id: PeerId) -> None:
+        """Close the link to one that sent nonsense, once that is told; only another epoch links with it again."""
+        logger.warning("link closed peer=%s reason=it sent nonsense", peer_id)
+        self._open_channel.disconnect(peer_id)
+        self._linked.discard(peer_id)
 
     def _step(self, step: RunStep) -> StepDone | StepFailed | None:
-        """Run one step of this rank; what to tell the coordinator, if anything."""
+        """Run one step; what to tell the coordinator, if anything. Whatever it raises, the thread goes on."""
         held = self._epochs.get(step.epoch)
         if held is None or held.is_aborted:
             return None  # a frame of an epoch that is over
@@ -371,13 +379,13 @@ class ComputeThread:
         except StepAborted:
             held.is_aborted = True
             return None
-        except WorkerLost as exc:
-            return _failed(step, exc, getattr(exc, "peer_id", None))
+        except Nonsense as exc:
+            return _failed(step, exc, suspect=exc.sender)
         except WorkerError as exc:
-            return _failed(step, exc, getattr(exc, "peer_id", None))
-        except (RuntimeError, ValueError, IndexError, MemoryError) as exc:  # torch's own: the worker goes on
+            return _failed(step, exc)
+        except Exception as exc:  # torch's own, or a bug of ours
             logger.exception("step failed epoch=%s step=%d", step.epoch, step.step)
-            return _failed(step, exc, None)
+            return _failed(step, exc)
         finally:
             self.doing.end()
             self.stats.busy_s += time.perf_counter() - started
@@ -408,5 +416,7 @@ class ComputeThread:
         return result
 
 
-def _failed(step: RunStep, exc: BaseException, suspect: str | None) -> StepFailed:
-    return StepFailed(epoch=step.epoch, step=step.step, reason=f"{type(exc).__name__}: {exc}"[:1000], suspect=suspect)
+def _failed(step: RunStep, exc: Exception, suspect: str | None = None) -> StepFailed:
+    """`suspect` sent nonsense."""
+    reason = f"{type(exc).__name__}: {exc}"[:1000]
+    return StepFailed(epoch=step.epoch, step=step.step, reason=reason, suspect=suspect, is_nonsense=suspect is not None)

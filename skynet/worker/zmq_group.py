@@ -16,13 +16,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from skynet.errors import MalformedMessage
+from skynet.errors import Nonsense
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.data_frame import Tag
 from skynet.protocol.ids import PeerId
 from skynet.protocol.plan import Epoch
 
 MAX_DIMENSIONS: Final = 8
+MAX_ELEMENTS: Final = 1 << 40  # of a gathered shape, empty dimensions counted as 1: what torch can address by far
 SCATTER_BYTES: Final = 512 << 10  # from here on, three ranks and more reduce-scatter; docs/decisions/0054
 
 
@@ -49,12 +50,13 @@ def bytes_of(x: Tensor) -> memoryview:
 
 
 def tensor_from(payload: memoryview, dtype: torch.dtype, shape: Sequence[int], sender: PeerId) -> Tensor:
-    """The tensor that these bytes are: a view that shares them. Raises MalformedMessage if their number is wrong."""
+    """The tensor that these bytes are: a view that shares them. Raises Nonsense if their number is wrong."""
     expected = math.prod(shape) * dtype.itemsize
     if payload.nbytes != expected:
-        raise MalformedMessage(
+        raise Nonsense(
             f"peer {sender}: sent {payload.nbytes} bytes where {dtype}{list(shape)} has {expected}; "
-            "do both run this plan?"
+            "do both run this plan?",
+            sender,
         )
     if not expected:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -116,7 +118,7 @@ class ZmqGroup:
         self._channel.begin_step(self._epoch, step)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The elementwise sum over ranks, in rank order. Raises WorkerTimeout, WorkerLost, StepAborted."""
+        """The elementwise sum over ranks, in rank order. Raises WorkerTimeout, WorkerLost, StepAborted, Nonsense."""
         if not self._others:
             return x
         if len(self._others) > 1 and x.nbytes >= self._scatter_bytes:
@@ -171,8 +173,10 @@ class ZmqGroup:
         num_dimensions = payload[0] if payload.nbytes else MAX_DIMENSIONS + 1
         data_start = 1 + 8 * num_dimensions
         if num_dimensions > MAX_DIMENSIONS or payload.nbytes < data_start:
-            raise MalformedMessage(f"peer {peer}: gathered tensor without a readable shape")
+            raise Nonsense(f"peer {peer}: gathered tensor without a readable shape", peer)
         shape = struct.unpack_from(f"<{num_dimensions}Q", payload, 1)
+        if math.prod(max(1, extent) for extent in shape) > MAX_ELEMENTS:
+            raise Nonsense(f"peer {peer}: gathered tensor of shape {list(shape)}, which nothing can hold", peer)
         return tensor_from(payload[data_start:], like.dtype, shape, peer).to(like.device, copy=True)
 
     def _scattered_sum(self, x: Tensor) -> Tensor:

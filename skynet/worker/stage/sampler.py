@@ -30,8 +30,21 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 
-def sample(logits: Tensor, samples: Sequence[Sample], vocab: Span, group: Collective) -> tuple[int, ...] | None:
-    """logits: [n, v] of this rank's vocabulary rows -> token ids in order at rank 0, None on the others."""
+class BadCandidates(ValueError):
+    """What this rank sent as candidates are none."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def sample(
+    logits: Tensor, samples: Sequence[Sample], vocab: Span, group: Collective, vocab_size: int = MAX_VOCAB
+) -> tuple[int, ...] | None:
+    """logits: [n, v] of this rank's vocabulary rows -> token ids in order at rank 0, None on the others.
+
+    Raises what the group raises, and BadCandidates of a rank.
+    """
     if group.size == 1 and all(_is_greedy(wanted.params) for wanted in samples):
         return tuple(logits.argmax(-1).tolist())
     host = logits.detach().to("cpu", torch.float32).numpy()
@@ -42,7 +55,13 @@ def sample(logits: Tensor, samples: Sequence[Sample], vocab: Span, group: Collec
     received = group.gather(torch.from_numpy(payload), root=0)
     if received is None:
         return None
-    ranks = [_unpack(part.numpy(), len(samples)) for part in received]
+    ranks = []
+    next_ids = np.zeros(len(samples))  # ids ascend over the ranks
+    for rank, part in enumerate(received):
+        try:
+            ranks.append(_unpack(part.numpy(), len(samples), next_ids, vocab_size))
+        except ValueError as exc:
+            raise BadCandidates(f"rank {rank}: {exc}", rank) from exc
     return tuple(
         _choose(np.concatenate([rank[i] for rank in ranks], axis=1), wanted) for i, wanted in enumerate(samples)
     )
@@ -89,10 +108,30 @@ def _top(values: npt.NDArray[np.float32], count: int) -> Ids:
     return np.sort(np.concatenate([above, equal]))
 
 
-def _unpack(payload: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.float32]]:
-    sizes = payload[:count].astype(np.int64)
+def _unpack(
+    payload: npt.NDArray[np.float32], count: int, next_ids: Floats, vocab_size: int
+) -> list[npt.NDArray[np.float32]]:
+    """`count` times [2, c] values and ids; `next_ids` are the least there may be, and are moved on. Or ValueError."""
+    sent = payload[:count]
+    if (
+        payload.ndim != 1
+        or len(sent) < count
+        or not ((sent >= 0) & (sent <= vocab_size) & (sent == sent.round())).all()
+    ):
+        raise ValueError(f"sent no number of candidates for each of {count} rows")
+    sizes = sent.astype(np.int64)
     edges = count + np.concatenate([[0], np.cumsum(2 * sizes)])
-    return [payload[edges[i] : edges[i + 1]].reshape(2, sizes[i]) for i in range(count)]
+    if len(payload) != edges[-1]:
+        raise ValueError(f"sent {len(payload)} numbers, announced {edges[-1]}")
+    rows = [payload[edges[i] : edges[i + 1]].reshape(2, sizes[i]) for i in range(count)]
+    for i, (values, ids) in enumerate(rows):
+        if not len(ids):
+            continue
+        is_ascending = ids[0] >= next_ids[i] and ids[-1] < vocab_size and (ids[1:] > ids[:-1]).all()
+        if not is_ascending or not (ids == ids.round()).all() or np.isnan(values).any():
+            raise ValueError(f"sent candidates that aren't: ids must ascend from {next_ids[i]:.0f} below {vocab_size}")
+        next_ids[i] = ids[-1] + 1
+    return rows
 
 
 def _choose(candidates: npt.NDArray[np.float32], wanted: Sample) -> int:

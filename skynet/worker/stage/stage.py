@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skynet.errors import StepRejected
+from skynet.errors import Nonsense, StepRejected
 from skynet.protocol.plan import Span, StageAssignment
 from skynet.protocol.steps import RunStep
 from skynet.worker.collectives import Collective
@@ -19,7 +19,7 @@ from skynet.worker.stage.adapters import AdapterTable
 from skynet.worker.stage.batch import StepBatch, StepLimits, build_batch
 from skynet.worker.stage.kv_cache import KvCache
 from skynet.worker.stage.matrix import Matrix
-from skynet.worker.stage.sampler import sample
+from skynet.worker.stage.sampler import BadCandidates, sample
 
 Sampled = tuple[int, ...]
 
@@ -117,7 +117,11 @@ class Stage:
             return hidden
         if not batch.samples:
             return () if group.rank == 0 else None
-        return sample(self.logits(hidden, [wanted.row for wanted in batch.samples]), batch.samples, self.vocab, group)
+        logits = self.logits(hidden, [wanted.row for wanted in batch.samples])
+        try:
+            return sample(logits, batch.samples, self.vocab, group, self.limits.vocab_size)
+        except BadCandidates as exc:
+            raise Nonsense(str(exc), self.assignment.group[exc.rank]) from exc
 
     def forward(self, batch: StepBatch, hidden: Tensor | None, group: Collective) -> Tensor:
         """The layers alone: hidden states [T, D] after this stage."""
