@@ -204,10 +204,18 @@ class CoordinatorServer:
         control = self._bind("control", 1)
         work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
-            self.factory.asynchronous(control), TO_COORDINATOR, self._on_control, self.factory.punish
+            self.factory.asynchronous(control),
+            TO_COORDINATOR,
+            self._on_control,
+            self.factory.punish,
+            self.factory.suspend,
         )
         self.work: Switchboard[WorkMessage] = Switchboard(
-            self.factory.asynchronous(work), WORK_TO_COORDINATOR, self._on_work, self.factory.punish
+            self.factory.asynchronous(work),
+            WORK_TO_COORDINATOR,
+            self._on_work,
+            self.factory.punish,
+            self.factory.suspend,
         )
         self.sharing = ModelSharing(self.factory, self._bind("bulk", 3), model, config.cache_dir)
         self.relay = self._near(4, lambda port: RelayServer(self.factory, self.hosts, port))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
 
 from skynet.errors import ProtocolError
+from skynet.protocol.allowance import Allowance
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.entrance import COORDINATOR, Ticket
 from skynet.protocol.ids import PeerId
@@ -18,6 +20,7 @@ from skynet.protocol.sockets import AsyncPort, Received, SocketFactory
 logger = logging.getLogger(__name__)
 M = TypeVar("M")
 MAX_UNANSWERED = 2  # Pings, one after each lease of silence
+FORGET_S = 10.0  # how often peers that have been quiet are forgotten
 
 
 class LinkLost(Exception):
@@ -112,20 +115,35 @@ class Switchboard(Generic[M]):
         kinds: tuple[type[M], ...],
         on_message: Callable[[PeerId, M], None],
         on_refused: Callable[[PeerId], None],
+        on_flood: Callable[[PeerId], None],
+        allowance: Allowance | None = None,
     ) -> None:
         self._port = port
         self._decoder = Decoder(*kinds)
         self._on_message = on_message
         self._on_refused = on_refused  # a peer sent what nobody may: close its link
+        self._on_flood = on_flood  # a peer takes more of our time than its part: keep it out for a while
+        self._allowance = allowance or Allowance()
+        self._next_forget = 0.0
         self._is_closed = False
         self._routes: dict[PeerId, tuple[bytes, int]] = {}  # routing id, connection
 
     async def run(self) -> None:
-        """Hand over every message; one peer's nonsense never disturbs another."""
+        """Hand over every message; one peer's nonsense never disturbs another, nor does its flood."""
         while True:
             received = await self._port.receive()
+            now = time.monotonic()
+            if now >= self._next_forget:
+                self._next_forget = now + FORGET_S
+                self._allowance.forget(now)
+            if self._allowance.is_overdrawn(received.peer_id, now):
+                continue  # what was queued when it was cut off
             self._routes[received.peer_id] = (received.routing_id, received.connection)
+            began_s = time.thread_time()  # not the clock: what others do on this machine isn't the peer's doing
             self._handle(received)
+            if self._allowance.charge(received.peer_id, time.thread_time() - began_s, now):
+                logger.warning("flooded by peer=%s, cut off for a while", received.peer_id)
+                self._on_flood(received.peer_id)
 
     def _handle(self, received: Received) -> None:
         try:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -21,12 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from skynet.errors import ConfigError
 from skynet.protocol.admitted import PeerRegistry, raw_curve_key
 from skynet.protocol.codec import Buffer
-from skynet.protocol.guard import GuardConfig, GuardThread, Watch, frame_wire_bytes
+from skynet.protocol.guard import SUSPEND_S, GuardConfig, GuardThread, Watch, frame_wire_bytes
 from skynet.protocol.ids import PeerId
 from skynet.protocol.tcp import PROBE_S, num_probes
 from skynet.protocol.zap import ZAP_ENDPOINT, ZapHandler
 
 logger = logging.getLogger(__name__)
+TURN_S: Final = 0.002  # that messages which wait may keep an event loop from everything else
 MAX_FRAMES: Final = 72  # of one message: a header, 64 tensors and some room
 _MONITORED: Final = (
     zmq.Event.ACCEPTED | zmq.Event.CONNECTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
@@ -138,22 +140,32 @@ class AsyncPort:
         self.number = port.number
         self._is_readable = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._yield_at = (
+            0.0  # monotonic (an event loop's own time may stand still within a turn): when others must have their turn
+        )
         self._fd = int(port.socket.get(zmq.FD))
         self._loop.add_reader(self._fd, self._look)
 
     async def receive(self) -> Received:
-        """The next message of an admitted peer; others are dropped. Put a timeout around it."""
+        """The next message of an admitted peer; others are dropped. Put a timeout around it.
+
+        Whoever calls this in a loop leaves the event loop to others every few milliseconds, however many wait.
+        """
         while True:
+            if time.monotonic() >= self._yield_at:
+                await asyncio.sleep(0)  # before a message is taken: cancelled here, none is lost
+                self._yield_at = time.monotonic() + TURN_S
             try:
                 received = self._port.receive(zmq.NOBLOCK)
             except zmq.Again:
                 self._is_readable.clear()
                 self._look()  # a message may have come since, and its signal been used up
                 await self._is_readable.wait()
+                self._yield_at = time.monotonic() + TURN_S
                 continue
             if received is not None:
                 return received
-            await asyncio.sleep(0)  # who sends nothing but refused messages doesn't hold the loop
+            self._yield_at = 0.0  # who sends nothing but refused messages doesn't hold the loop
 
     def send(self, frames: Sequence[Buffer], routing_id: bytes = b"") -> bool:
         """Queue one message at once. False: that peer's queue is full, or it is gone."""
@@ -233,6 +245,11 @@ class SocketFactory:
 
     def punish(self, peer_id: PeerId) -> None:
         """Cut this peer's connections because of what it sent; it may come back with a clean slate."""
+        self.guard.cut(peer_id)
+
+    def suspend(self, peer_id: PeerId) -> None:
+        """Cut this peer's connections and let it make no others for a minute: it took more than its part of us."""
+        self.registry.suspend(peer_id, time.monotonic() + SUSPEND_S)
         self.guard.cut(peer_id)
 
     # -- sockets -------------------------------------------------------------------------------------------------------
