@@ -48,6 +48,7 @@ class Administration:
             CreateInvite, ListInvites, RevokeInvite, ListNodes, Approve, Revoke, Drain
         )
         self._slots = asyncio.Semaphore(MAX_VISITORS)
+        self._made: int | None = None  # inode of the socket's file that is ours
 
     async def run(self) -> None:
         """Listen on the Unix socket until cancelled."""
@@ -62,13 +63,15 @@ class Administration:
             ) from exc
         finally:
             os.umask(before)
+        self._made = self._path.stat().st_ino
         async with listening:
             await listening.serve_forever()
 
     def close(self) -> None:
-        """Remove the socket's file; twice is fine."""
+        """Remove the socket's file if it is the one that we made; twice is fine."""
         with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+            if self._made is not None and self._path.stat().st_ino == self._made:
+                self._path.unlink()
 
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

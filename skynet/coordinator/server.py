@@ -20,6 +20,7 @@ from skynet.coordinator.administration import Administration
 from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
+from skynet.coordinator.instance import sole_coordinator
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.news import StatusNews
 from skynet.coordinator.planner import Layout, Objective, PlannerConfig
@@ -140,6 +141,11 @@ async def serve(config: CoordinatorConfig) -> None:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
     config.check_hosts()
     planner = config.planner()
+    with sole_coordinator(config.config_dir):
+        await _serve_alone(config, planner)
+
+
+async def _serve_alone(config: CoordinatorConfig, planner: PlannerConfig) -> None:
     model = await _open_model(config)
     if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
         raise ConfigError(f"--layout {planner.layout}: the model has {model.spec.num_layers} layers, pin fewer stages")
