@@ -44,7 +44,7 @@ class ReplicaFault(WorkerError):
     ) -> None:
         super().__init__(reason)
         self.suspects = suspects
-        self.is_unfit = is_unfit  # the suspects said themselves that they can't hold their shard
+        self.is_unfit = is_unfit  # the suspects can't hold their shard, as they said, or sent others nonsense
         self.is_loss = is_loss  # the suspects are known to be gone: nobody else need be asked or blamed
 
 
@@ -186,7 +186,12 @@ class Replica:
             logger.warning(
                 "step failed epoch=%s step=%d worker=%s reason=%s", self.epoch, message.step, worker_id, message.reason
             )
-            self.fail(ReplicaFault(f"{worker_id}: {message.reason}", frozenset({suspect} if suspect else ())))
+            suspects = frozenset({suspect} if suspect else ())
+            self.fail(
+                ReplicaFault(
+                    f"{worker_id}: {message.reason}", suspects, is_unfit=bool(suspects) and message.is_nonsense
+                )
+            )
             return
         assignment = self.assignments[worker_id]
         expected = message.step == self.step_number - 1 and assignment.is_last and assignment.rank == 0

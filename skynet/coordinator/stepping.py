@@ -178,7 +178,10 @@ class Stepper:
             return  # released by somebody who knew why
         logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
         self._answers.dispatch()  # others may go on with its sequences at once
-        if not fault.is_loss:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
+        if fault.is_unfit:  # it lives, but others can't use what it sends
+            for worker_id in fault.suspects & self._membership.members.keys():
+                self._membership.mark_unfit(worker_id, str(fault), self._clock(), self._config.unfit_s)
+        elif not fault.is_loss:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
             await self.evict_silent(fault.suspects or replica.workers)
             if replica.workers <= self._membership.members.keys():
                 self._answers.blame(parts, fault)

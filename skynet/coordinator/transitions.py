@@ -150,9 +150,12 @@ class Transitions:
                 try:
                     token_ids = await self._stepper.execute(fresh, step.parts)
                 except ReplicaFault as fault:
+                    reason = f"building ahead: {fault}"
+                    if fault.is_unfit:
+                        raise ReplicaFault(reason, fault.suspects, is_unfit=True) from fault
                     if not fault.is_loss:  # a suspect may well be alive: only silence evicts
                         await self._stepper.evict_silent(fault.suspects or fresh.workers)
-                    raise ReplicaFault(f"building ahead: {fault}", is_loss=fault.is_loss) from fault
+                    raise ReplicaFault(reason, is_loss=fault.is_loss) from fault
                 fresh.scheduler.apply(step, token_ids, self._clock())
                 if step.num_tokens < max_tokens:
                     return  # it built all there was, and the old epoch hasn't moved since

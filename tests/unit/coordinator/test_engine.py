@@ -661,6 +661,25 @@ def test_silent_suspect_is_lost_and_a_live_one_stays(model: ServedModel) -> None
     play(model, act)
 
 
+def test_worker_that_sends_others_nonsense_is_not_planned_with_again(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b", "c")
+        reporter, culprit = stage.serving()
+        replica = stage.engine.replicas[0]
+        told = StepFailed(
+            epoch=replica.epoch, step=replica.step_number - 1, reason="7 bytes", suspect=culprit, is_nonsense=True
+        )
+        stage.engine.on_step(reporter, told)
+        client = stage.ask("one")
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        assert culprit not in stage.serving()
+        assert "7 bytes" in str(stage.engine.membership.members[culprit].unfit_reason)
+        assert not stage.evicted, "it lives, and may be needed when others go"
+
+    play(model, act)
+
+
 def test_worker_that_answers_while_its_compute_thread_hangs_is_found_by_what_it_tells(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         await start(stage, "a", "b", "c")
