@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import secrets
 import socket
 import ssl
 import struct
@@ -25,6 +24,7 @@ from skynet.protocol import hello as wire
 from skynet.protocol.address_limits import AddressLimiter, RateLimit, plain_address
 from skynet.protocol.hello import Challenge, Envelope, Hello, HelloFactory, Refused, Welcome
 from skynet.protocol.identity import PublicKey, SwarmKey, fingerprint_of
+from skynet.protocol.possession import ProofSecret
 from skynet.protocol.tls import client_context, peer_key, server_context
 
 logger = logging.getLogger(__name__)
@@ -182,11 +182,11 @@ class AdmissionListener:
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
                 reader, writer = await self._handshake(connection)
-                challenge = Challenge(nonce=secrets.token_bytes(wire.CHALLENGE_BYTES))
+                challenge, secret = wire.new_challenge()
                 await _send(writer, wire.encode(challenge))
                 envelope = await _receive(reader)
             visit.is_deciding = True
-            answer = await self._decide(envelope, challenge, visit.source)
+            answer = await self._decide(envelope, challenge, secret, visit.source)
             async with asyncio.timeout(self._config.request_timeout_s):
                 await _send(writer, wire.encode(answer))
                 await _close(writer)
@@ -216,9 +216,11 @@ class AdmissionListener:
             raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
-    async def _decide(self, envelope: Envelope, challenge: Challenge, source: str) -> Welcome | Refused:
+    async def _decide(
+        self, envelope: Envelope, challenge: Challenge, secret: ProofSecret, source: str
+    ) -> Welcome | Refused:
         try:
-            hello = wire.open_hello(envelope, challenge, self._swarm_key.public_key, self._clock())
+            hello = wire.open_hello(envelope, challenge, secret, self._swarm_key.public_key, self._clock())
             answer = await asyncio.wait_for(self._admit(hello, source), self._config.admit_timeout_s)
         except VersionMismatch:
             answer = Refused(code="version", reason=wire.version_advice_for_peer(envelope.protocol, envelope.package))
@@ -311,7 +313,7 @@ class Admission(NamedTuple):
 
 
 class _NotHeardError(Exception):
-    """The listener had no place for us right now, or was too busy to decide."""
+    """The listener had no place for us right now, was too busy to decide, or failed to."""
 
 
 @dataclass(slots=True)
@@ -321,6 +323,7 @@ class _Attempt:
     host: str
     port: int
     pinned_key: PublicKey | None
+    check_key: Callable[[PublicKey], None] | None
     hello: HelloFactory
     clock: Callable[[], float]
     tls: ssl.SSLContext = field(default_factory=client_context)
@@ -355,13 +358,15 @@ class _Attempt:
                 f"{self.where}: another swarm answers there, its key is {fingerprint_of(swarm_key)}, expected "
                 f"{fingerprint_of(self.pinned_key)}; check the address, or join that swarm by its own name"
             )
+        if self.check_key is not None:
+            self.check_key(swarm_key)
         challenge = (await _receive(reader)).open(Challenge)
         await _send(writer, self.hello(challenge, swarm_key))
         answer = await _receive(reader)
         if answer.kind == Refused.kind:
             refusal = answer.open(Refused)
-            if refusal.code == "busy":
-                raise _NotHeardError
+            if refusal.code in ("busy", "internal"):
+                raise _NotHeardError(str(refusal.error()))
             raise refusal.error()
         welcome = answer.open(Welcome)
         welcome.coordinator.verify(swarm_key, swarm_key, self.clock())
@@ -376,26 +381,30 @@ async def request_admission(
     hello: HelloFactory,
     timeout_s: float = 10.0,
     clock: Callable[[], float] = time.time,
+    check_key: Callable[[PublicKey], None] | None = None,
 ) -> Admission:
-    """Ask the coordinator at `host` to let this process in; a busy one is asked again until `timeout_s` has passed.
+    """Ask the coordinator at `host` to let this process in; one that is busy or failed to decide is asked again until
+    `timeout_s` has passed.
 
-    With `pinned_key`, nothing is said to a coordinator with another key. Raises DiscoveryError (nobody there, or
-    another swarm), AwaitingApproval, AdmissionRefused, VersionMismatch, or another ProtocolError.
+    With `pinned_key`, nothing is said to a coordinator with another key, nor to one whose key `check_key` raises for.
+    Raises DiscoveryError (nobody there, or another swarm), AwaitingApproval, AdmissionRefused, VersionMismatch, another
+    ProtocolError, or what `check_key` raises.
     """
-    attempt = _Attempt(host, port, pinned_key, hello, clock)
-    pause_s = 0.05
+    attempt = _Attempt(host, port, pinned_key, check_key, hello, clock)
+    pause_s, last = 0.05, ""
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 try:
                     return await attempt.run()
-                except _NotHeardError:
+                except _NotHeardError as exc:
+                    last = str(exc)
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
                     pause_s = min(2 * pause_s, 2.0)
     except TimeoutError as exc:
         raise DiscoveryError(
             f"{attempt.where}: no answer to a request for admission within {timeout_s:g} s; check that the coordinator "
-            "runs and isn't overloaded"
+            "runs and isn't overloaded" + (f" (it last said: {last})" if last else "")
         ) from exc
     except ssl.SSLError as exc:
         raise DiscoveryError(f"{attempt.where}: doesn't speak TLS 1.3 ({exc.reason}); is a coordinator there?") from exc

@@ -10,6 +10,7 @@ always. docs/protocol.md describes the bytes, tests/unit/test_hello.py holds gol
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +30,17 @@ from skynet.errors import (
 from skynet.protocol.codec import PROTOCOL_VERSION
 from skynet.protocol.identity import (
     CurveCertificate,
+    CurveKey,
     NodeKey,
     ProcessKey,
     PublicKey,
     Signed,
     checked_public_key,
     node_id_of,
+    statement,
 )
 from skynet.protocol.ids import NodeId, PeerId
+from skynet.protocol.possession import PROOF_BYTES, PROOF_KEY_BYTES, ProofSecret, prove
 from skynet.protocol.roles import Grant, Role
 
 MAGIC: Final = "skynet"
@@ -67,14 +71,23 @@ def checked_display(text: str, limit: int = 64) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Challenge:
-    """Listener -> node, first: "sign this"."""
+    """Listener -> node, first: "sign this, and show that you hold the key you come with"."""
 
     kind: ClassVar[str] = "challenge"
     nonce: bytes
+    proof_key: bytes  # X25519, made for this challenge alone
 
     def __post_init__(self) -> None:
         if len(self.nonce) != CHALLENGE_BYTES:
             raise MalformedMessage(f"a challenge has {CHALLENGE_BYTES} bytes, got {len(self.nonce)}")
+        if len(self.proof_key) != PROOF_KEY_BYTES:
+            raise MalformedMessage(f"a challenge's key has {PROOF_KEY_BYTES} bytes, got {len(self.proof_key)}")
+
+
+def new_challenge() -> tuple[Challenge, ProofSecret]:
+    """A challenge for one visitor, and what its answer is checked with."""
+    secret = ProofSecret()
+    return Challenge(nonce=secrets.token_bytes(CHALLENGE_BYTES), proof_key=secret.public), secret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +97,7 @@ class Hello:
     kind: ClassVar[str] = "hello"
     node_key: bytes
     certificate: CurveCertificate
+    possession: bytes  # that this process holds the certified key, and not somebody else
     role: Role
     suffix: str  # a worker's is stable (its device or --name), others choose a random one
     display_name: str = ""  # for people
@@ -93,6 +107,8 @@ class Hello:
 
     def __post_init__(self) -> None:
         checked_public_key(self.node_key, "node key")
+        if len(self.possession) != PROOF_BYTES:
+            raise MalformedMessage(f"a proof of possession has {PROOF_BYTES} bytes, got {len(self.possession)}")
         checked_suffix(self.suffix)
         checked_display(self.display_name)
         if len(self.invite_id) > 64 or len(self.invite_secret) > 64:
@@ -256,13 +272,27 @@ def decode(data: bytes) -> Envelope:
     return Envelope(wire.protocol, wire.package, wire.kind, wire.body, wire.signature)
 
 
-def open_hello(envelope: Envelope, challenge: Challenge, swarm_key: PublicKey, now: float) -> Hello:
-    """The Hello inside, proven to come from its node for this swarm and this challenge. Raises a ProtocolError."""
+def open_hello(
+    envelope: Envelope, challenge: Challenge, secret: ProofSecret, swarm_key: PublicKey, now: float
+) -> Hello:
+    """The Hello inside, proven to come from its node for this swarm and this challenge, and from a process that holds
+    the key it certifies. Raises a ProtocolError.
+    """
     hello = envelope.open(Hello)
     signed = Signed(hello.not_after, envelope.signature)
     signed.verify(Hello.kind, hello.signer, swarm_key, challenge.nonce + envelope.body, now, HELLO_LIFETIME_S)
-    hello.certificate.verify(hello.signer, swarm_key, now)
+    curve_key = hello.certificate.verify(hello.signer, swarm_key, now)
+    secret.check(
+        hello.possession, curve_key, _possession(challenge, hello.signer, curve_key, swarm_key, hello.not_after)
+    )
     return hello
+
+
+def _possession(
+    challenge: Challenge, node_key: PublicKey, curve_key: CurveKey, swarm_key: PublicKey, not_after: int
+) -> bytes:
+    """What a proof of possession covers: it is void for another node, key, swarm or challenge."""
+    return statement("possession", swarm_key, not_after, challenge.nonce + node_key + curve_key)
 
 
 HelloFactory = Callable[[Challenge, PublicKey], bytes]
@@ -291,15 +321,18 @@ class Applicant:
     def hello(self, challenge: Challenge, swarm_key: PublicKey) -> bytes:
         """The signed Hello, encoded."""
         now = self.clock()
+        not_after = int(now) + HELLO_LIFETIME_S
+        said = _possession(challenge, self.node_key.public_key, self.process_key.public, swarm_key, not_after)
         hello = Hello(
             node_key=self.node_key.public_key,
             certificate=self.process_key.certify(self.node_key, swarm_key, now),
+            possession=prove(self.process_key, challenge.proof_key, said),
             role=self.role,
             suffix=self.suffix,
             display_name=self.display_name,
             invite_id=self.invite_id,
             invite_secret=self.invite_secret,
-            not_after=int(now) + HELLO_LIFETIME_S,
+            not_after=not_after,
         )
         body = _encoder.encode(hello)
         signed = self.node_key.sign(Hello.kind, swarm_key, hello.not_after, challenge.nonce + body)

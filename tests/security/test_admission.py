@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ from skynet.protocol import hello as wire
 from skynet.protocol.admission import request_admission
 from skynet.protocol.codec import PROTOCOL_VERSION
 from skynet.protocol.hello import Challenge, Refused
-from skynet.protocol.identity import NodeKey, SwarmKey
+from skynet.protocol.identity import NodeKey, ProcessKey, SwarmKey
 from skynet.protocol.roles import Grant, Role
 from skynet.protocol.tls import server_context
 
@@ -57,6 +58,35 @@ def test_nothing_is_said_to_a_coordinator_with_another_key(tmp_path: Path) -> No
             assert said == []
             await swarm.settled()
             assert swarm.listener.stats.refused == swarm.listener.stats.welcomed == 0
+
+    asyncio.run(main())
+
+
+def test_nobody_takes_a_curve_key_that_another_process_holds(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as swarm:
+            victim = ProcessKey.generate()
+            taken = ProcessKey(victim.public, ProcessKey.generate().secret)
+            with pytest.raises(AdmissionRefused, match="doesn't hold the secret"):
+                await swarm.ask(replace(applicant(), process_key=taken))
+            await swarm.ask(replace(applicant(), process_key=victim))
+
+    asyncio.run(main())
+
+
+def test_a_coordinator_that_failed_to_decide_is_asked_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as swarm:
+            decide, failures = swarm.gatekeeper.decide, [RuntimeError("disk"), RuntimeError("disk")]
+
+            def fail_twice(*arguments: object) -> object:
+                if failures:
+                    raise failures.pop()
+                return decide(*arguments)  # type: ignore[arg-type]
+
+            swarm.gatekeeper.decide = fail_twice  # type: ignore[method-assign,assignment]
+            await swarm.ask(applicant())
+            assert swarm.listener.stats.refused == 2
 
     asyncio.run(main())
 

@@ -34,7 +34,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def hello(role: Role = Role.WORKER, node: NodeKey = NODE) -> Hello:
     certificate = ProcessKey.generate().certify(node, SWARM, 0.0)
-    return Hello(node_key=node.public_key, certificate=certificate, role=role, suffix="cpu", not_after=60)
+    return Hello(
+        node_key=node.public_key, certificate=certificate, possession=bytes(32), role=role, suffix="cpu", not_after=60
+    )
 
 
 def code(store: Store, source: str, role: Role = Role.WORKER, *, forces_invite: bool = False) -> str:

@@ -160,7 +160,7 @@ def test_golden_block_is_what_the_codec_writes() -> None:
 
 
 def test_golden_admission_is_what_a_listener_writes() -> None:
-    assert golden("challenge") == hello.encode(hello.Challenge(nonce=bytes(range(32))))
+    assert golden("challenge") == hello.encode(hello.Challenge(nonce=bytes(range(32)), proof_key=bytes(range(32, 64))))
     length = golden("challenge on the wire")
     assert int.from_bytes(length, "big") == len(golden("challenge"))
 
