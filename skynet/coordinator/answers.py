@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.fleet import Fleet
+from skynet.coordinator.reading import PromptReader, Reading, is_long
 from skynet.coordinator.replica import ReplicaFault
 from skynet.coordinator.requests import FinishReason, Request, RequestTable, end_of_answer, node_of
 from skynet.coordinator.scheduler import Sequence, SequenceProgress
@@ -57,26 +58,42 @@ class Answers:
         self._on_change = on_change
         self._clock = clock
         self._sequence_ids = itertools.count(1)
+        self.reader: PromptReader[_Prompt] = PromptReader(self._read, self._has_read, self._refuse)
 
     # -- from clients
 
     def submit(self, submit: Submit, client: PeerId) -> None:
         """Start a request, or go on with one that was begun. Refusals are told to the client."""
         try:
-            known = self.requests.find(node_of(client), submit.request_id)
-            if known is not None:
+            key = (node_of(client), submit.request_id)
+            if (known := self.requests.find(*key)) is not None:
                 self._resume(known, submit, client)
+            elif (reading := self.reader.waiting.get(key)) is not None:
+                reading.client, reading.orphaned_at = client, None
             else:
-                self._begin(submit, client)
+                self._check_room(client)
+                self._model.check_length(submit)
+                if is_long(submit):
+                    self.reader.add(key, Reading(submit, client))
+                else:
+                    self._begin(submit, client, self._read(submit))
         except (SkyNetError, ValueError) as exc:
-            self._tell(client, Failed(request_id=submit.request_id, error=type(exc).__name__, text=str(exc)))
+            self._refuse(Reading(submit, client), exc)
 
-    def _begin(self, submit: Submit, client: PeerId) -> None:
-        self._check_room(client)
-        prompt = self._read(submit)
+    def _refuse(self, reading: Reading, exc: Exception) -> None:
+        request_id = reading.submit.request_id
+        self._tell(reading.client, Failed(request_id=request_id, error=type(exc).__name__, text=str(exc)))
+
+    def _has_read(self, reading: Reading, prompt: _Prompt) -> None:
+        request = self._begin(reading.submit, reading.client, prompt)
+        if request is not None:
+            request.orphaned_at = reading.orphaned_at
+
+    def _begin(self, submit: Submit, client: PeerId, prompt: _Prompt) -> Request | None:
+        """None: the client has all of its answer already."""
         if reason := end_of_answer(submit.received, prompt.text, prompt.eos_ids, prompt.max_tokens):
             self._tell_end(submit, client, len(prompt.ids), reason, prompt.text)
-            return
+            return None
         sequence = Sequence(
             sequence_id=SequenceId(next(self._sequence_ids)),
             user=node_of(client),
@@ -87,21 +104,26 @@ class Answers:
             sampling=submit.sampling,
         )
         wait_until = self._clock() + submit.timeout_s
-        self.requests.add(
-            Request(submit=submit, client=client, sequence=sequence, text=prompt.text, wait_until=wait_until)
-        )
+        request = Request(submit=submit, client=client, sequence=sequence, text=prompt.text, wait_until=wait_until)
+        self.requests.add(request)
         self._on_change()
         self.dispatch([sequence])
+        return request
 
     def _check_room(self, client: PeerId) -> None:
-        if len(self.requests.by_id) >= self._config.max_requests:
-            raise CapacityError(
-                f"{len(self.requests.by_id)} requests are in progress, at most that many run; try again later"
-            )
-        if (num_own := self.requests.num_of(node_of(client))) >= self._config.max_node_requests:
+        if self.num_requests >= self._config.max_requests:
+            raise CapacityError(f"{self.num_requests} requests are in progress, at most that many run; try again later")
+        node = node_of(client)
+        if (num_own := self.requests.num_of(node) + self.reader.num_of(node)) >= self._config.max_node_requests:
             raise CapacityError(f"{num_own} of your requests are in progress, no node may have more; wait for some")
 
+    @property
+    def num_requests(self) -> int:
+        """In progress, those included whose prompt is still being read."""
+        return len(self.requests.by_id) + len(self.reader.waiting)
+
     def _read(self, submit: Submit) -> _Prompt:
+        """Runs in a thread where this takes long: it reads what doesn't change."""
         spec = self._model.spec
         if any(not 0 <= token_id < spec.vocab_size for token_id in submit.received):
             raise ConfigError(f"received token ids must lie in [0, {spec.vocab_size}), some don't")
@@ -137,7 +159,14 @@ class Answers:
 
     def cancel(self, client: PeerId, request_id: RequestId) -> None:
         """Free everything of a client's request at once; unknown ones are fine."""
-        request = self.requests.find(node_of(client), request_id)
+        key = (node_of(client), request_id)
+        if (reading := self.reader.drop(key)) is not None:
+            num_received = len(reading.submit.received)
+            self._tell(
+                client,
+                Finished(request_id=request_id, reason="cancelled", prompt_tokens=0, completion_tokens=num_received),
+            )
+        request = self.requests.find(*key)
         if request is not None and request.end is None:
             request.client = client
             self._finish(request, "cancelled")
@@ -147,6 +176,9 @@ class Answers:
         for request in [*self.requests.of_client(client), *(r for r in self.behind.values() if r.client == client)]:
             request.orphaned_at = self._clock()
             self.behind.pop(request.key, None)
+        for reading in self.reader.waiting.values():
+            if reading.client == client:
+                reading.orphaned_at = self._clock()
 
     # -- to replicas
 

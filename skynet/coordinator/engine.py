@@ -117,6 +117,11 @@ class Engine:
         return self.fleet.shortage
 
     @property
+    def num_requests(self) -> int:
+        """Requests in progress."""
+        return self.answers.num_requests
+
+    @property
     def num_queued(self) -> int:
         """Sequences that no replica can run."""
         return len(self.fleet.queue)
@@ -130,6 +135,7 @@ class Engine:
                 tasks.create_task(self._explore(), name="explore")
         finally:
             await self.stepper.stop()
+            await self.answers.reader.stop()
 
     # -- requests
 

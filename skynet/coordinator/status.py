@@ -43,7 +43,7 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
             {"id": lease.lease_id, "kind": str(lease.kind), "holder": lease.holder, "worker": lease.worker}
             for lease in engine.leases.export()
         ],
-        "num_requests": len(engine.requests.by_id),
+        "num_requests": engine.num_requests,
         "num_queued": engine.num_queued,
     }
 

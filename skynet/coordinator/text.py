@@ -141,12 +141,22 @@ class TextModel:
         self._config = _read_json(directory / "tokenizer_config.json")
         self.eos_ids = self._read_eos_ids()
         added = self._tokenizer.get_added_tokens_decoder()
+        _ = self.max_token_chars  # now, and not while somebody waits: a large vocabulary takes a tenth of a second
         self.hidden_ids = self.eos_ids | {token_id for token_id, token in added.items() if token.special}
 
     @property
     def vocab_size(self) -> int:
         """How many ids the tokenizer knows; a model's own vocabulary may be larger."""
         return self._tokenizer.get_vocab_size()
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """How much text one token can stand for: as its vocabulary shows it, with some room where texts are normalized.
+
+        (A run of characters that a tokenizer doesn't know may be one token whatever its length: that isn't counted.)
+        """
+        longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        return longest if self._tokenizer.normalizer is None else 4 * longest
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with what the tokenizer adds around it (often a begin-of-text token)."""

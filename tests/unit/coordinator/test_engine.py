@@ -805,6 +805,53 @@ def test_one_node_cannot_take_every_place(model: ServedModel) -> None:
     play(model, act, max_node_requests=3)
 
 
+LONG = "a time and " * 450  # more characters than are read at once
+
+
+def test_long_prompts_are_read_beside_the_loop_one_at_a_time(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        clients = [stage.ask(f"long{number}", LONG) for number in range(2)]
+        short = stage.ask("short")
+        assert len(stage.engine.answers.reader.waiting) == 2
+        assert [request_id for _, request_id in stage.engine.requests.by_id] == ["short"]
+        again = stage.ask("long1", LONG)  # who comes back meanwhile is one request
+        assert stage.engine.num_requests == 3
+        await until(lambda: all(client.ended.is_set() for client in (*clients, short)))
+        assert again is clients[1]
+        assert [len(client.token_ids) for client in (*clients, short)] == [NUM_TOKENS] * 3
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_a_request_that_is_cancelled_while_its_prompt_is_read_never_begins(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("long", LONG)
+        stage.engine.cancel(CLIENT, RequestId("long"))
+        assert isinstance(client.end, Finished)
+        assert client.end.reason == "cancelled"
+        other = stage.ask("other", LONG)  # is read after that one
+        await other.ended.wait()
+        assert not client.token_ids
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_read(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("one", "\N{LATIN SMALL LETTER E WITH ACUTE}" * 500_000)
+        assert isinstance(client.end, Failed)
+        assert client.end.error == "CapacityError"
+        assert "the prompt has 500000 characters" in client.end.text
+        assert not stage.engine.answers.reader.waiting
+
+    play(model, act)
+
+
 def test_worker_that_could_not_load_gets_another_chance_when_it_is_needed(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         stage.unfit.add(stage.join("a"))
