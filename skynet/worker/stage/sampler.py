@@ -112,12 +112,8 @@ def _unpack(
     payload: npt.NDArray[np.float32], count: int, next_ids: Floats, vocab_size: int
 ) -> list[npt.NDArray[np.float32]]:
     """`count` times [2, c] values and ids; `next_ids` are the least there may be, and are moved on. Or ValueError."""
-    sent = payload[:count]
-    if (
-        payload.ndim != 1
-        or len(sent) < count
-        or not ((sent >= 0) & (sent <= vocab_size) & (sent == sent.round())).all()
-    ):
+    sent = payload[:count] if payload.ndim == 1 else np.empty(0)
+    if len(sent) < count or not ((sent >= 0) & (sent <= vocab_size) & (sent == sent.round())).all():
         raise ValueError(f"sent no number of candidates for each of {count} rows")
     sizes = sent.astype(np.int64)
     edges = count + np.concatenate([[0], np.cumsum(2 * sizes)])
