@@ -274,14 +274,26 @@ class Answers:
 
     def look_after(self, now: float) -> None:
         """Clients that fell behind, answers whose client is gone, requests that have waited long enough."""
-        for request in list(self.behind.values()):
-            self._flush(request)
         queued = {s.sequence_id for s in self._fleet.queue}
+        for request in list(self.behind.values()):
+            self._guarded(request, self._flush)
         for request in list(self.requests.by_id.values()):
-            if request.orphaned_at is not None and now - request.orphaned_at > self._config.orphan_s:
-                self._finish(request, "cancelled")
-            elif request.sequence.sequence_id not in queued:
-                request.wait_until = now + request.submit.timeout_s
-            elif now > request.wait_until:
-                reason = self._fleet.shortage or CapacityError("no replica became ready")
-                self._fail(request, CapacityError(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))
+            self._guarded(request, lambda running: self._look_at(running, now, running.sequence.sequence_id in queued))
+
+    def _guarded(self, request: Request, look: Callable[[Request], None]) -> None:
+        """A bug of ours that one request shows ends that one, and no other."""
+        try:
+            look(request)
+        except Exception as exc:
+            logger.exception("request not looked after request=%s", request.request_id)
+            self.behind.pop(request.key, None)
+            self._fail(request, RequestFailed(f"the coordinator couldn't go on with this answer: {exc!r}"))
+
+    def _look_at(self, request: Request, now: float, is_queued: bool) -> None:
+        if request.orphaned_at is not None and now - request.orphaned_at > self._config.orphan_s:
+            self._finish(request, "cancelled")
+        elif not is_queued:
+            request.wait_until = now + request.submit.timeout_s
+        elif now > request.wait_until:
+            reason = self._fleet.shortage or CapacityError("no replica became ready")
+            self._fail(request, CapacityError(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))

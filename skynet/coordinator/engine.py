@@ -363,8 +363,11 @@ class Engine:
                 self.lost(worker_id, f"no sign of life for {self.membership.lease_s} s")
             if self.shortage is not None and self.membership.forgive(now):
                 self.members_changed()
-            self.answers.look_after(now)
-            self.survey.ping()
+            try:
+                self.answers.look_after(now)
+                self.survey.ping()
+            except Exception:  # a bug of ours: leases are watched and answers go on
+                logger.exception("looking after failed")
 
     async def _explore(self) -> None:
         """While nothing is to do: near machines are measured, so that a better plan can be found."""

@@ -278,6 +278,7 @@ class CoordinatorServer:
             await advertiser.start()
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.listener.run(), name="admission")
                 tasks.create_task(self.control.run(), name="control")
                 tasks.create_task(self.work.run(), name="work")
                 tasks.create_task(self.engine.run(), name="engine")

@@ -125,6 +125,10 @@ class AdmissionListener:
         loop = asyncio.get_running_loop()
         self._accepting = [loop.create_task(self._accept(s), name="admission-accept") for s in self._sockets]
 
+    async def run(self) -> None:
+        """Until cancelled, after `start`. Raises what ended accepting: who lets nobody in any more should end."""
+        await asyncio.gather(*self._accepting)
+
     async def stop(self) -> None:
         """Close everything. May be called twice."""
         tasks = [*self._accepting, *(visit.task for visit in self._visits if visit.task)]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import zmq
 
-from skynet.errors import MalformedMessage
+from skynet.errors import MalformedMessage, SkyNetError
 from skynet.protocol.codec import Buffer
 from skynet.protocol.data_frame import HEADER_BYTES
 from skynet.protocol.ids import PeerId
@@ -190,13 +192,26 @@ class _Destination:
     waiting_bytes: int = 0
 
 
+def _end_process() -> None:
+    """Its workers would look alive and get nothing from each other: whoever starts us again helps them."""
+    logger.critical("relay failed, this process ends: workers that can't reach each other need it", exc_info=True)
+    sys.stderr.flush()
+    os._exit(SkyNetError.exit_code)  # an exception would end this thread alone; requests go on when we are back
+
+
 class RelayServer:
     """Forwards between admitted workers, on a thread of its own. `start` and `stop` it; stopping twice is fine."""
 
     def __init__(
-        self, factory: SocketFactory, bind_addresses: Sequence[str], port: int = 0, max_waiting_bytes: int = 16 << 20
+        self,
+        factory: SocketFactory,
+        bind_addresses: Sequence[str],
+        port: int = 0,
+        max_waiting_bytes: int = 16 << 20,
+        on_failed: Callable[[], None] = _end_process,
     ) -> None:
         self._factory = factory
+        self._on_failed = on_failed  # called in the relay's thread, in the handler of what ended it
         self._max_waiting_bytes = max_waiting_bytes
         self._gone: deque[tuple[PeerId, int]] = deque()
         self._destinations: dict[PeerId, _Destination] = {}
@@ -250,7 +265,7 @@ class RelayServer:
                     for destination in list(self._destinations.values()):
                         self._flush(destination)
         except Exception:
-            logger.exception("relay ended: workers that can't reach each other directly lose their links")
+            self._on_failed()
         finally:
             self._port.close()
             self._stop_receiver.close(linger=0)

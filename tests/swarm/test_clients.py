@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,62 @@ def test_the_shortest_answers_are_complete(num_tokens: int, swarm: LocalSwarm, e
     stream = swarm.complete(Completion(prompt=PROMPTS[0], max_tokens=num_tokens))
     expected = embedded_oracle.answer_ids(embedded_oracle.encode(PROMPTS[0]), num_tokens)
     assert (stream.token_ids, stream.text) == (expected, embedded_oracle.decode(expected))
+
+
+FLOOD = """
+import asyncio, sys, time
+from pathlib import Path
+from skynet.client.swarm import ClientConfig, Swarm
+from skynet.protocol.codec import encode
+from skynet.protocol.messages import Ping
+
+async def main(address, home):
+    async with Swarm(ClientConfig(coordinator=address, config_dir=Path(home))) as client:
+        await client.status()
+        port, frames = client._link._port, encode(Ping(nonce=1))
+        print("begins", flush=True)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            for _ in range(200):
+                port.send(frames)
+            await asyncio.sleep(0)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_a_flood_of_one_client_leaves_the_others_their_answers_and_newcomers_their_way_in(
+    swarm: LocalSwarm, user: User, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{swarm.port}"
+    flooding = subprocess.Popen(
+        [sys.executable, "-c", FLOOD, address, str(tmp_path / "flooder")],
+        env=user.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert flooding.stdout is not None
+    assert swarm.coordinator is not None
+
+    async def ask(old: Swarm) -> None:
+        begun = asyncio.Event()
+
+        async def stream() -> None:
+            async for _ in old.complete(Completion(prompt=PROMPTS[0], max_tokens=200, ignore_eos=True)):
+                begun.set()
+
+        async with asyncio.timeout(15), asyncio.TaskGroup() as tasks:
+            tasks.create_task(stream())
+            await begun.wait()
+            async with Swarm(replace(swarm.client_config, config_dir=tmp_path / "newcomer")) as newcomer:
+                await finished(newcomer.complete(Completion(prompt=PROMPTS[1], max_tokens=8)))
+
+    try:
+        assert flooding.stdout.readline() == "begins\n"
+        swarm.run(ask)
+        swarm.coordinator.wait_for("flooded by", 15)
+        assert flooding.poll() is None, "it had ended before the others were served"
+    finally:
+        flooding.kill()
+        flooding.communicate(timeout=10)

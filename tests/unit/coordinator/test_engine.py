@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -803,6 +804,32 @@ def test_one_node_cannot_take_every_place(model: ServedModel) -> None:
         assert [type(c.end) for c in clients] == [type(None)] * 3 + [Failed]
 
     play(model, act, max_node_requests=3)
+
+
+def test_a_request_that_cannot_be_ended_does_not_end_the_coordinator(model: ServedModel) -> None:
+    class Broken:
+        def push(self, _: int) -> str:
+            return ""
+
+        def close(self) -> str:
+            raise LookupError("a bug")
+
+        is_stopped = False
+
+    async def act(stage: Stage) -> None:
+        stage.ask("bad")
+        (request,) = stage.engine.requests.by_id.values()
+        request.text = cast("Any", Broken())
+        stage.engine.client_gone(CLIENT)  # to be cancelled soon, which this one can't be
+        await until(lambda: not stage.engine.requests.by_id)
+        assert isinstance(request.end, Failed)
+        assert "LookupError" in request.end.text
+        await start(stage, "a", "b")
+        good = stage.ask("good")
+        await good.ended.wait()
+        assert isinstance(good.end, Finished)
+
+    play(model, act, orphan_s=0.02)
 
 
 LONG = "a time and " * 450  # more characters than are read at once
