@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 GIB: Final = 1 << 30
 PROCESS_OVERHEAD_BYTES: Final = 350 << 20  # interpreter, torch and buffers, beside weights and KV cache
+_PASSES: Final = 3
+_VECTOR_S, _MATRIX_S, _SMALL_S = 0.024, 0.016, 0.004  # how long each thing is measured in one pass
 _LAYER_ADDITIONS: Final = 200  # as long as these one layer takes apart from its bytes: 0.2 ms where one takes 1 us
 MEASURED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,55 +89,75 @@ def lendable_bytes(device: torch.device, cap_bytes: int | None) -> int:
 
 
 def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> WorkerProfile:
-    """Measure the device for about a second: matrix-vector bandwidth and matrix rate by dtype."""
-    bandwidth, rate = {}, {}
-    for dtype in MEASURED_DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        bandwidth[name], rate[name] = _measure(device, dtype)
-    return WorkerProfile(
+    """Measure the device for about a second: matrix-vector bandwidth and matrix rate by dtype.
+
+    Whatever else runs on the machine (other workers, just started and measuring too) disturbs it for moments. So all is
+    measured in turns, several times over, and what the best tenth of the turns reached counts (docs/decisions/0015).
+    """
+    vector, matrix, overhead = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), list[float]()
+    small = torch.ones(1, 64, device=device)
+    for _ in range(_PASSES):
+        for dtype in MEASURED_DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            vector_s, matrix_s = _measure(device, dtype)
+            vector[name] += vector_s
+            matrix[name] += matrix_s
+        overhead += _seconds(device, lambda: small + small, _SMALL_S)
+    profile = WorkerProfile(
         device=str(device),
         device_name=device_name(device)[:128],
         threads=torch.get_num_threads() if device.type == "cpu" else 1,
         memory_bytes=memory_bytes,
-        weight_bytes_per_s=bandwidth,
-        matmul_flops_per_s=rate,
-        layer_overhead_s=_layer_overhead_s(device),
+        weight_bytes_per_s={name: 1 / undisturbed_s(times) for name, times in vector.items()},
+        matmul_flops_per_s={name: 1 / undisturbed_s(times) for name, times in matrix.items()},
+        layer_overhead_s=_LAYER_ADDITIONS * undisturbed_s(overhead),
         host_id=host_id,
     )
+    logger.info(
+        "device measured read_gb_per_s=%s gflops=%s layer_overhead_us=%.0f",
+        _in_billions(profile.weight_bytes_per_s),
+        _in_billions(profile.matmul_flops_per_s),
+        profile.layer_overhead_s * 1e6,
+    )
+    return profile
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Weight bytes per second of a matrix-vector product, and operations per second of a matrix product."""
-    side, batch, total = (2048, 128, 48 << 20) if device.type == "cpu" else (8192, 2048, 512 << 20)
+def undisturbed_s(times: Sequence[float]) -> float:
+    """What one call takes if nothing gets between: the slowest of the quickest tenth, as a single one may be luck."""
+    return sorted(times)[len(times) // 10]
+
+
+def _in_billions(rates: dict[str, float]) -> str:
+    return ",".join(f"{name}:{rate / 1e9:.1f}" for name, rate in rates.items())
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    """Seconds per weight byte of matrix-vector products, and per operation of matrix products; one of each call."""
+    side, batch, total = (2048, 64, 64 << 20) if device.type == "cpu" else (8192, 2048, 512 << 20)
     count = max(2, total // (side * side * dtype.itemsize))
     # Several, more than caches hold; in the layout that stages multiply with.
     weights = [make_matrix(torch.full((side, side), 0.01, dtype=dtype, device=device)) for _ in range(count)]
     vector = torch.full((1, side), 0.01, dtype=dtype, device=device)
     matrix = torch.full((batch, side), 0.01, dtype=dtype, device=device)
     turns = iter(range(1 << 30))
-    vector_s = _seconds(device, lambda: weights[next(turns) % count](vector))
-    matrix_s = _seconds(device, lambda: weights[0](matrix))
-    return weights[0].nbytes / vector_s, 2 * batch * side * side / matrix_s
+    vector_s = _seconds(device, lambda: weights[next(turns) % count](vector), _VECTOR_S)
+    matrix_s = _seconds(device, lambda: weights[0](matrix), _MATRIX_S)
+    return [s / weights[0].nbytes for s in vector_s], [s / (2 * batch * side * side) for s in matrix_s]
 
 
-def _layer_overhead_s(device: torch.device) -> float:
-    """The fixed cost of a layer: about sixty operations on almost nothing, most of them dearer than an addition."""
-    x = torch.ones(1, 64, device=device)
-    return _LAYER_ADDITIONS * _seconds(device, lambda: x + x)
-
-
-def _seconds(device: torch.device, work: Callable[[], object], budget_s: float = 0.1) -> float:
-    """The median time of one call, within a budget."""
+def _seconds(device: torch.device, work: Callable[[], object], budget_s: float) -> list[float]:
+    """The time of each call, for as long as the budget lasts."""
     times: list[float] = []
     with torch.inference_mode():
         work()
-        started = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - started < budget_s:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = now = time.perf_counter()
+        while now - started < budget_s or not times:
             before = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - before)
-            if time.perf_counter() - started > 5 * budget_s:
-                break
-    return max(sorted(times)[len(times) // 2], 1e-9)
+            now = time.perf_counter()
+            times.append(max(now - before, 1e-9))
+    return times
