@@ -45,9 +45,11 @@ def _best(swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...]) -> Chain
         subsets = itertools.combinations(workers, sum(sizes))
         wanted = sorted(sizes)
         best = best_of(search.exhaust(s, lambda a: sorted(map(len, a)) == wanted) for s in subsets)
-        return None if best is None else levelled(swarm, best)
+        return None if best is None else levelled(swarm, best, swarm.config.improvement_threshold)
     best = best_of(search.try_layout(arrangement) for arrangement in _starts(swarm, workers, sizes))
-    return None if best is None else levelled(swarm, search.improve(best, workers, replaced))
+    if best is None:
+        return None
+    return levelled(swarm, search.improve(best, workers, replaced), swarm.config.improvement_threshold)
 
 
 def _starts(swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[Arrangement]:

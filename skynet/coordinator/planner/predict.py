@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skynet.coordinator.planner.allot import INFINITY, Option, allot
+from skynet.coordinator.planner.allot import INFINITY, allot
 from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.groups import Group, Variant
 from skynet.coordinator.planner.model import Prediction
 from skynet.coordinator.planner.swarm import StepKind, Swarm
+
+_PARTS_OF_THE_WAY = (1.0, 0.75, 0.5, 0.25)  # from the best allotment of layers to the most level one
 
 Arrangement = tuple[tuple[int, ...], ...]  # groups of worker indices in pipeline order
 
@@ -166,20 +168,24 @@ def _allotted(swarm: Swarm, groups: list[Group], kv_tokens: int, may_skip: bool)
 
 
 def levelled(swarm: Swarm, chain: Chain, tolerance: float = 0.005) -> Chain:
-    """The same groups with the slowest stage made as fast as can be, where that costs next to nothing in value.
+    """The same groups with stages as level as `tolerance` of the value allows, which is next to nothing by default.
 
     Among like machines the sum of stage times hardly depends on who has how many layers, but even stages leave room
     for more KV blocks and let several sequences flow.
     """
-    groups = [stage.variant.group for stage in chain.stages]
-    options = [[_option(stage.variant)] for stage in chain.stages]
-    allotted = allot(options, [0.0] * len(groups), True, may_skip=False) if len(groups) > 1 else None
-    if allotted is None:
+    variants = [stage.variant for stage in chain.stages]
+    options = [[variant.option(swarm.min_tokens)] for variant in variants]
+    level = allot(options, [0.0] * len(variants), True, may_skip=False) if len(variants) > 1 else None
+    if level is None:
         return chain
-    stages = tuple(Placed(chain.stages[p.position].variant, p.start, p.end) for p in allotted)
-    other = finish(swarm, stages)
-    return other if other.value <= chain.value * (1 + tolerance) else chain
-
-
-def _option(variant: Variant) -> Option:
-    return variant.option(variant.group.swarm.min_tokens)
+    for part in _PARTS_OF_THE_WAY:
+        edges = [
+            round(had.start + part * (gets.start - had.start)) for had, gets in zip(chain.stages, level, strict=True)
+        ]
+        ends = [*edges[1:], swarm.spec.num_layers]
+        stages = tuple(map(Placed, variants, edges, ends))
+        if all(s.start < s.end and s.variant.fits(s.start, s.end) for s in stages):
+            other = finish(swarm, stages)
+            if other.value <= chain.value * (1 + tolerance):
+                return other
+    return chain

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from skynet.coordinator.planner.config import Objective, PlannerConfig
 from skynet.coordinator.planner.groups import Group
 from skynet.coordinator.planner.links import LinkTable
+from skynet.coordinator.planner.rates import known_rate, levelled_rates
 from skynet.models.costs import model_costs
 from skynet.models.fit import held_bytes
 from skynet.models.spec import DTYPE_BYTES, ModelSpec
@@ -30,11 +31,6 @@ class StepKind(NamedTuple):
     context: int
 
 
-def known_rate(rates: Mapping[str, float], dtype: str) -> float:
-    """The rate for a dtype; a worker that didn't measure it is taken to be as slow as in its slowest one."""
-    return rates.get(dtype) or min(rates.values())
-
-
 class Swarm:
     """Input of one call of the planner in indexed form; workers are numbered in the order of their ids."""
 
@@ -51,9 +47,9 @@ class Swarm:
         ordered = [profiles[worker_id] for worker_id in self.ids]
         self.memory = [profile.memory_bytes for profile in ordered]
         self.hosts = [profile.host_id for profile in ordered]
-        self.read_rate = [known_rate(profile.weight_bytes_per_s, spec.dtype) for profile in ordered]
-        self.flops_rate = [known_rate(profile.matmul_flops_per_s, spec.dtype) for profile in ordered]
-        self.overhead_s = [profile.layer_overhead_s for profile in ordered]
+        self.read_rate = levelled_rates([known_rate(p.weight_bytes_per_s, spec.dtype) for p in ordered], ordered)
+        self.flops_rate = levelled_rates([known_rate(p.matmul_flops_per_s, spec.dtype) for p in ordered], ordered)
+        self.overhead_s = levelled_rates([profile.layer_overhead_s for profile in ordered], ordered)
         self.links = LinkTable(self.ids, profiles, links, config)
         self.element_bytes = DTYPE_BYTES[spec.dtype]
         min_tokens = min(config.min_context_tokens, spec.max_positions)

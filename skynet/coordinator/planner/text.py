@@ -66,9 +66,9 @@ def _memory_reason(swarm: Swarm, replicas: Sequence[ReplicaPlan]) -> str:
 def _chain_reasons(swarm: Swarm, chain: Chain) -> list[str]:
     token = step_s(swarm, chain.stages, swarm.decode)
     hops = hops_s(swarm, chain.stages, 1)
-    found = [
-        f"A token takes {_time(token)}, of which {_time(hops)} are hand-overs between {len(chain.stages)} stage(s)."
-    ]
+    num_stages = len(chain.stages)
+    way = f"hand-overs between {num_stages} stages" if num_stages > 1 else "its way back to the coordinator"
+    found = [f"A token takes {_time(token)}, of which {_time(hops)} are {way}."]
     for number, stage in enumerate(chain.stages[:4]):
         group = stage.variant.group
         if len(group.members) > 1:
