@@ -11,14 +11,18 @@ import typer
 from skynet.client.environment import Environment
 
 from .ask import Coordinator, Invite, SwarmName, client_config
-from .common import fail, run_async
+from .common import fail, printable, run_async
 
 if TYPE_CHECKING:
     from skynet.protocol.ids import RequestId
     from skynet.protocol.messages import AdminMessage
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the coordinator's answer as JSON.")]
-invites = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Create, list and revoke invites.")
+invites = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Create, list and revoke invites.\n\nExample: skynet invite create --uses 3",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +56,7 @@ def _ask(message: AdminMessage, as_json: bool, coordinator: str | None, swarm: s
         answer = run_async(command(message, config))
     except Exception as exc:
         fail(exc)
-    typer.echo(json.dumps(answer) if as_json else answer["text"])
+    typer.echo(json.dumps(answer) if as_json else printable(str(answer["text"])))
 
 
 def _id() -> RequestId:

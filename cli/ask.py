@@ -10,7 +10,8 @@ import typer
 
 from skynet.client.environment import Environment
 
-from .common import fail, read_stdin, run_async
+from .common import fail, printable, printable_line, read_stdin, run_async
+from .lines import Lines
 
 if TYPE_CHECKING:
     from skynet.client.swarm import ClientConfig, Completion, Swarm
@@ -41,7 +42,7 @@ def register(app: typer.Typer) -> None:
     app.command(help="Show workers, what they hold and how fast they are.\n\nExample: skynet status --watch")(status)
     app.command(
         help="Show how a model would be laid out, without loading anything.\n\n"
-        "Example: skynet plan --model Qwen/Qwen3-0.6B --workers swarm.yaml"
+        "Example: skynet plan --model Qwen/Qwen3-0.6B --workers docs/examples/workers.yaml"
     )(plan)
 
 
@@ -80,19 +81,19 @@ def infer(
 ) -> None:
     from skynet.client.swarm import Completion, Swarm
 
-    async def run() -> None:
-        text = read_stdin() if prompt == "-" else prompt
-        completion = Completion(  # refuses wrong values, before anything is looked for
-            prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-            stop=tuple(stop or ()), timeout_s=timeout, model=model,
-        )  # fmt: skip
+    async def run(completion: Completion) -> None:
         async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             answer = await _stream(connected, completion, is_quiet=as_json)
         if as_json:
             typer.echo(json.dumps(answer))
 
     try:
-        run_async(run())
+        completion = Completion(  # refuses wrong values, before anything is looked for
+            prompt=read_stdin() if prompt == "-" else prompt, max_tokens=max_tokens, temperature=temperature,
+            top_p=top_p, top_k=top_k, seed=seed,
+            stop=tuple(stop or ()), timeout_s=timeout, model=model,
+        )  # fmt: skip
+        run_async(run(completion))
     except Exception as exc:
         fail(exc)
 
@@ -102,19 +103,24 @@ async def _stream(swarm: Swarm, completion: Completion, is_quiet: bool) -> dict[
     answer = swarm.complete(completion)
     async for event in answer:
         if event.notice is not None:
-            typer.echo(f"[{event.notice}]", err=True)
+            typer.echo(f"[{printable_line(event.notice)}]", err=True)
         elif event.text and not is_quiet:
-            typer.echo(event.text, nl=False)
-            sys.stdout.flush()
+            echo_answer(event.text)
     figures = answer.figures()
     if not is_quiet:
         typer.echo()
         typer.echo(
             f"{figures['completion_tokens']} tokens, {figures['tokens_per_s']:.1f} tokens/s, "
-            f"first token after {figures['first_token_s']:.2f} s ({figures['finish_reason']})",
+            f"first token after {figures['first_token_s']:.2f} s ({printable_line(str(figures['finish_reason']))})",
             err=True,
         )
     return figures
+
+
+def echo_answer(text: str) -> None:
+    """Print a part of an answer at once: byte for byte into files and pipes, without escape sequences on terminals."""
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.flush()
 
 
 def chat(
@@ -134,7 +140,8 @@ def chat(
         async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             turns = [ChatMessage(role="system", content=system)] if system else []
             typer.echo("Type a message; an empty line or Ctrl-D ends.", err=True)
-            while line := await _read_line():
+            lines = Lines()
+            while line := await lines.next():
                 turns.append(ChatMessage(role="user", content=line))
                 completion = Completion(
                     messages=tuple(turns), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -146,16 +153,6 @@ def chat(
         run_async(run())
     except Exception as exc:
         fail(exc)
-
-
-async def _read_line() -> str:
-    """One line from the user, without blocking the loop; empty at the end of input."""
-    import asyncio
-
-    if sys.stdin.isatty():
-        typer.echo("> ", nl=False, err=True)
-    line: str = await asyncio.to_thread(sys.stdin.readline)
-    return line.strip()
 
 
 def status(
@@ -209,17 +206,15 @@ def plan(
 
     environment = Environment.read()
 
-    async def run() -> str:
-        profiles = None
-        if workers is None:
-            async with Swarm(client_config(coordinator, swarm, invite)) as connected:
-                profiles = await connected.profiles()
-        return plan_for(
-            model, workers, profiles, objective=objective, layout=layout, dtype=dtype, as_json=as_json,
-            cache_dir=environment.cache_dir, hub_endpoint=environment.hub_endpoint,
-        )  # fmt: skip
+    async def profiles() -> dict[str, object]:
+        async with Swarm(client_config(coordinator, swarm, invite)) as connected:
+            return await connected.profiles()
 
     try:
-        typer.echo(run_async(run()))
+        text = plan_for(
+            model, workers, run_async(profiles()) if workers is None else None, objective=objective, layout=layout,
+            dtype=dtype, as_json=as_json, cache_dir=environment.cache_dir, hub_endpoint=environment.hub_endpoint,
+        )  # fmt: skip
+        typer.echo(printable(text))
     except Exception as exc:
         fail(exc)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import typer
 
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 EXIT_WRONG_FILE = 2
 EXIT_BROKEN_PIPE = 141  # as a shell shows a process that SIGPIPE ended
+EXIT_TERMINATED = 143  # by SIGTERM
+# What moves a terminal's cursor, changes its settings or the order in which it shows text; tabs and newlines are fine.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SIZE = re.compile(r"(?i)^\s*([0-9]+(?:\.[0-9]+)?)\s*(b|kb|mb|gb|tb|kib|mib|gib|tib|k|m|g|t|ki|mi|gi|ti)?\s*$")
 FACTORS = {"": 1, "b": 1} | {
     unit + suffix: base**power
@@ -24,13 +28,23 @@ FACTORS = {"": 1, "b": 1} | {
 }
 
 
-def parse_size(text: str | None) -> int | None:
-    """`8GiB`, `500MB` or plain bytes as bytes."""
+def printable(text: str) -> str:
+    """Text of others, safe to show: an escape sequence can be read, and isn't obeyed."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def printable_line(text: str) -> str:
+    """The same in one line, so that nobody's text looks like a line of ours."""
+    return printable(text).replace("\n", "\\n")
+
+
+def parse_size(text: str | None, option: str) -> int | None:
+    """`8GiB`, `500MB` or plain bytes as bytes, as given by this option."""
     if text is None:
         return None
     found = SIZE.match(text)
     if not found:
-        raise typer.BadParameter(f"{text!r} isn't a size; write for example 8GiB or 500MB")
+        raise typer.BadParameter(f"{text!r} isn't a size; write for example 8GiB or 500MB", param_hint=option)
     return int(float(found[1]) * FACTORS[(found[2] or "").lower()])
 
 
@@ -45,7 +59,7 @@ def fail(exc: BaseException) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     if isinstance(exc, SkyNetError):
-        typer.echo(f"error: {exc}", err=True)
+        typer.echo(f"error: {printable(str(exc))}", err=True)
         sys.exit(exc.exit_code)
     if isinstance(exc, OSError) and exc.filename is not None:
         logger.debug("a file couldn't be used", exc_info=exc)
@@ -66,21 +80,64 @@ def read_stdin() -> str:
         ) from exc
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment: while a progress bar is shown, above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _Formatter(logging.Formatter):
+    """One event is one line, whatever a peer's text in it contains; a traceback keeps its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the library's name
+        return printable_line(super().formatMessage(record))
+
+
+def set_up_warnings() -> None:
+    """For commands without a log: warnings appear on stderr as bare words."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Formatter("%(message)s"))
+
+
 def set_up_logging(verbosity: str) -> None:
     """One event per line on stderr, facts as key=value."""
-    logging.basicConfig(
-        level=verbosity.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s %(message)s"
-    )
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
+    logging.basicConfig(level=verbosity.upper(), handlers=[handler])
     for noisy in ("asyncio", "httpx", "httpcore", "alembic", "filelock", "zeroconf"):
         logging.getLogger(noisy).setLevel("WARNING")
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on uvloop where there is one."""
+    """Run a coroutine on uvloop where there is one. SIGTERM ends it as Ctrl-C does, with an exit code of its own."""
     import asyncio
 
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        return asyncio.run(_until_terminated(main))
+    return uvloop.run(_until_terminated(main))
+
+
+async def _until_terminated(main: Coroutine[Any, Any, T]) -> T:
+    """What runs may handle the signal in its own way instead, as coordinator and worker do."""
+    import asyncio
+
+    is_terminated = False
+    task = asyncio.current_task()
+    assert task is not None
+
+    def terminate() -> None:
+        nonlocal is_terminated
+        is_terminated = True
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+    try:
+        return await main
+    except asyncio.CancelledError:
+        if not is_terminated:
+            raise
+        raise SystemExit(EXIT_TERMINATED) from None

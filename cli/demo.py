@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 
 import typer
 
+from .ask import echo_answer
 from .tables import render_status
 
 
@@ -37,8 +37,7 @@ async def run_demo(prompt: str, layout: str, model: str, max_tokens: int, temper
             typer.echo(prompt, nl=False)
             stream = client.complete(completion)
             async for event in stream:
-                typer.echo(event.text, nl=False)
-                sys.stdout.flush()
+                echo_answer(event.text)
         typer.echo()
         figures = stream.figures()
         say(

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from skynet.client.environment import VARIABLES
+from skynet.client.environment import OF_LIBRARIES, VARIABLES
 
 from . import admin, ask, serve
-from .common import fail
+from .common import fail, set_up_warnings
 
 app = typer.Typer(
     name="skynet",
@@ -19,11 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pool the machines you have and run large language models across them.\n\n"
     'Start `skynet coordinator` on one machine, `skynet worker` on others, then `skynet infer "your prompt"`.\n\n'
+    'Example: skynet demo "Once upon a time"\n\n'
     "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file, 3 protocol, 4 no coordinator found, 5 not admitted, "
     "6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted, "
-    "141 nobody read the output to its end.",
+    "141 nobody read the output to its end, 143 terminated.",
     epilog="Environment, where no option says otherwise:\n\n"
-    + "\n\n".join(f"{name}: {meaning}." for name, meaning in VARIABLES.items()),
+    + "\n\n".join(f"{name}: {meaning}." for name, meaning in (*VARIABLES.items(), *OF_LIBRARIES.items())),
 )
 
 
@@ -51,6 +52,7 @@ admin.register(app)
 
 def main() -> None:
     """Entry point: every error we raise on purpose becomes one line on stderr and its own exit code."""
+    set_up_warnings()
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

@@ -125,9 +125,9 @@ def worker(
     log_level: Verbosity = "info",
 ) -> None:
     set_up_logging(log_level)
-    memory_bytes = parse_size(memory)
+    memory_bytes = parse_size(memory, "--memory")
     if gpu is not None and device is not None:
-        raise typer.BadParameter("--gpu and --device both name a device; give one of them")
+        raise typer.BadParameter("both name a device; give one of them", param_hint="--gpu and --device")
     from skynet.protocol.addresses import check_host
 
     for host in listen or ():

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .common import printable_line
+
 
 def human_bytes(count: float) -> str:
     """1536 -> 1.5 KiB."""
@@ -18,7 +20,11 @@ def human_bytes(count: float) -> str:
 
 
 def render_status(facts: dict[str, Any], width: int | None = None) -> str:
-    """The swarm in one screen, 80 columns wide where names are short: the model, its workers, its requests."""
+    """The swarm in one screen, 80 columns wide where names are short: the model, its workers, its requests.
+
+    Names and reasons come from peers: they are shown as they are, and never obeyed.
+    """
+    facts = _printable(facts)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for column in ("worker", "device", "memory", "layers", "share", "link", "tokens/s", "state"):
         table.add_column(column, overflow="fold", no_wrap=column in ("layers", "share", "link", "tokens/s"))
@@ -33,7 +39,7 @@ def render_status(facts: dict[str, Any], width: int | None = None) -> str:
             f"{worker['tokens_per_s']:.1f}" if worker["tokens_per_s"] else "-",
             worker["state"],
         )
-    console = Console(width=width, highlight=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         model = facts["model"]
         console.print(f"swarm {facts['name']}  key {facts['fingerprint']}  epoch {facts['epoch'] or '-'}", style="bold")
@@ -47,6 +53,14 @@ def render_status(facts: dict[str, Any], width: int | None = None) -> str:
         console.print(table if facts["workers"] else "no workers yet: run `skynet worker` on this or another machine")
         console.print(f"requests: {facts['num_requests']} in progress, {facts['num_queued']} waiting")
     return capture.get().rstrip("\n")
+
+
+def _printable(fact: Any) -> Any:
+    if isinstance(fact, str):
+        return printable_line(fact)
+    if isinstance(fact, dict):
+        return {key: _printable(value) for key, value in fact.items()}
+    return [_printable(value) for value in fact] if isinstance(fact, list) else fact
 
 
 def _short_bytes(count: float) -> str:

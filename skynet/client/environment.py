@@ -20,6 +20,11 @@ VARIABLES: Final[Mapping[str, str]] = {
     "HF_ENDPOINT": "another hub than https://huggingface.co",
 }
 
+OF_LIBRARIES: Final[Mapping[str, str]] = {  # which read these themselves
+    "HF_HUB_OFFLINE": "1 keeps to what the hub's cache on this machine holds",
+    "HF_TOKEN": "the hub's token, for models that want one",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:

@@ -22,12 +22,12 @@ class LoadBars:
 
     def __init__(self, is_shown: bool) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[sources]}"),
+            TextColumn("{task.fields[sources]}", markup=False),
             console=Console(stderr=True),
             transient=True,
             disable=not is_shown,

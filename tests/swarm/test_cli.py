@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from skynet.client.swarm import Completion
+from skynet.client.swarm import Completion, Swarm
 from skynet.testing.local_swarm import LocalSwarm
 
 from .conftest import Oracle, User, end, skynet_environment
@@ -21,10 +21,15 @@ PROMPT = "Once upon a time"
 EXAMPLE_FILE = Path(__file__).parents[2] / "docs" / "examples" / "workers.yaml"
 COMMANDS = (
     "coordinator", "worker", "demo", "infer", "chat", "status", "plan", "nodes", "approve", "revoke", "drain",
-    "invite create", "invite list", "invite revoke",
+    "invite", "invite create", "invite list", "invite revoke", "",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "zmq", "sqlalchemy", "numpy", "cryptography", "zeroconf", "uvloop"}
 FIGURES = r"\d+ tokens, \d+\.\d tokens/s, first token after \d+\.\d\d s \(\w+\)"
+
+
+def complaints(errors: str) -> str:
+    """What a command said on stderr, beside the fingerprint of a swarm that it sees for the first time."""
+    return "".join(line for line in errors.splitlines(keepends=True) if not line.startswith("first visit")).strip()
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def test_infer_prints_the_answer_on_stdout_and_figures_on_stderr(swarm: LocalSwa
     expected = swarm.complete(Completion(prompt=PROMPT, max_tokens=12)).text
     done = user.run("infer", PROMPT, "--max-tokens", "12")
     assert (done.returncode, done.stdout) == (0, expected + "\n")
-    assert re.fullmatch(FIGURES, done.stderr.strip())
+    assert re.fullmatch(FIGURES, complaints(done.stderr))
 
 
 def test_infer_as_json_reads_the_prompt_from_stdin(swarm: LocalSwarm, user: User, embedded_oracle: Oracle) -> None:
@@ -63,6 +68,25 @@ def test_infer_streams_while_the_answer_grows(user: User) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
+
+
+def test_a_terminated_command_cancels_its_answer(swarm: LocalSwarm, user: User) -> None:
+    process = user.start("infer", PROMPT, "--max-tokens", "1500", "--temperature", "1")
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(5)
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, complaints(errors)) == (143, "")
+        swarm.run(nothing_is_in_progress, timeout_s=4)  # who merely vanishes is waited for, 15 s
+    finally:
+        end(process)
+
+
+async def nothing_is_in_progress(client: Swarm) -> None:
+    facts = await client.status()
+    while facts["num_requests"]:
+        facts = await client.status(newer_than=facts["revision"])
 
 
 def test_sampled_answers_follow_their_seed(user: User) -> None:
@@ -172,6 +196,26 @@ def test_chat_answers_turn_by_turn_and_remembers(swarm: LocalSwarm, user: User) 
     assert done.stdout == f"{first}\n{second}\n"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_chat_that_waits_for_the_user_ends_at_once_when_told_to(user: User, number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skynet.cli", "chat"],
+        env=user.environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        while "Type a message" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(10) == code
+        assert complaints(process.stderr.read()) == ""
+    finally:
+        end(process)
+
+
 def test_a_reader_that_stops_reading_ends_the_command_quietly(user: User) -> None:
     process = user.start("infer", PROMPT, "--max-tokens", "300", "--temperature", "1")
     assert process.stdout is not None
@@ -180,7 +224,7 @@ def test_a_reader_that_stops_reading_ends_the_command_quietly(user: User) -> Non
         process.stdout.read(1)
         process.stdout.close()  # what `head` does
         assert process.wait(20) == 141
-        assert process.stderr.read() == ""
+        assert complaints(process.stderr.read()) == ""
     finally:
         process.kill()
         process.stderr.close()
@@ -267,7 +311,7 @@ def test_watching_ends_at_an_interrupt(user: User) -> None:
         _, errors = process.communicate(timeout=20)
     finally:
         end(process)
-    assert (process.returncode, errors.strip()) == (130, "")
+    assert (process.returncode, complaints(errors)) == (130, "")
 
 
 # -- plan
@@ -304,6 +348,17 @@ def test_plan_takes_the_running_swarms_workers(swarm: LocalSwarm, user: User) ->
 def test_plan_refuses_what_it_cannot_read(nobody: User, options: tuple[str, ...], code: int, named: str) -> None:
     done = nobody.run("plan", "--workers", str(EXAMPLE_FILE), *options)
     assert done.returncode == code
+    assert named in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--memory", "8GiX"), "'8GiX' isn't a size"), (("--gpu", "0", "--device", "cpu"), "--gpu and --device")],
+)
+def test_a_worker_s_wrong_option_is_named(nobody: User, options: tuple[str, ...], named: str) -> None:
+    done = nobody.run("worker", *options)
+    assert done.returncode == 2
+    assert options[0] in done.stderr
     assert named in done.stderr
 
 
@@ -373,7 +428,9 @@ def test_help_of_every_command_has_an_example_and_imports_nothing_heavy(nobody: 
     for command, process in running.items():
         text, imports = process.communicate(timeout=60)
         assert process.returncode == 0
-        assert f"Example: skynet {command}" in text
+        example = re.search(f"Example: skynet {command}.*", text)
+        assert example
+        assert all((EXAMPLE_FILE.parents[2] / name).exists() for name in re.findall(r"\S+\.yaml", example[0]))
         imported = {line.rpartition("|")[2].strip().split(".")[0] for line in imports.splitlines()}
         assert not imported & HEAVY, command
 

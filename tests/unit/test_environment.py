@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from skynet.client.environment import VARIABLES, Environment
+from skynet.client.environment import OF_LIBRARIES, VARIABLES, Environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,4 +38,4 @@ def test_the_environment_is_read_in_one_module_alone() -> None:
 
 def test_every_variable_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in VARIABLES)
+    assert all(f"`{name}`" in readme for name in (*VARIABLES, *OF_LIBRARIES))
