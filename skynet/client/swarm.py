@@ -19,6 +19,7 @@ from skynet import errors
 from skynet.errors import RequestFailed, SkyNetError
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import EntranceConfig, enter
+from skynet.protocol.identity import PublicKey
 from skynet.protocol.ids import RequestId
 from skynet.protocol.messages import (
     TO_CLIENT,
@@ -211,6 +212,7 @@ class Swarm:
         self._inboxes: dict[RequestId, asyncio.Queue[ToClient | LinkLost]] = {}
         self._task: asyncio.Task[None] | None = None
         self._failure: SkyNetError | None = None
+        self._swarm_key: PublicKey | None = None  # of the swarm we were in: we come back to no other
 
     async def __aenter__(self) -> Self:
         await self._connect(self._config.find_s)
@@ -343,11 +345,18 @@ class Swarm:
         entrance = EntranceConfig(
             coordinator=self._config.coordinator,
             swarm=self._config.swarm,
+            swarm_key=self._swarm_key,
             invite=self._config.invite,
             config_dir=self._config.config_dir,
             find_s=find_s,
         )
         ticket = await enter(entrance, self._role, self._suffix)
+        self._swarm_key = ticket.swarm_key
+        if ticket.is_first_visit and self._config.invite is None:  # a warning, so that commands without a log show it
+            logger.warning(
+                "first visit, compare with what the coordinator prints: swarm=%s fingerprint=%s",
+                ticket.welcome.swarm_name, ticket.fingerprint,
+            )  # fmt: skip
         self._link = await ControlLink.open(ticket, TO_CLIENT)
         self._connected.set()
 
@@ -380,7 +389,7 @@ class Swarm:
 
     async def _reconnect(self) -> None:
         """Enter again; what can't be mended by waiting becomes `_failure`."""
-        give_up = time.monotonic() + self._config.return_s
+        give_up, last = time.monotonic() + self._config.return_s, ""
         while time.monotonic() < give_up:
             try:
                 await self._connect(find_s=2.0)
@@ -388,11 +397,14 @@ class Swarm:
                 self._failure = exc
                 return
             except (SkyNetError, OSError) as exc:
+                last = f": {exc}"
                 logger.debug("coordinator not back yet reason=%s", exc)
                 await asyncio.sleep(0.2)
             else:
                 return
-        self._failure = errors.DiscoveryError(f"the coordinator didn't come back within {self._config.return_s:.0f} s")
+        self._failure = errors.DiscoveryError(
+            f"the coordinator didn't come back within {self._config.return_s:.0f} s{last}"
+        )
 
     def _deliver(self, message: ToClient) -> None:
         match message:

@@ -26,6 +26,7 @@ from skynet.protocol.identity import (
     SwarmKey,
     checked_public_key,
     fingerprint_of,
+    is_fingerprint,
 )
 
 SERVICE_TYPE: Final = "_skynet._tcp.local."
@@ -149,6 +150,8 @@ def choose(adverts: Sequence[SwarmAdvert], swarm: str | None, pins: KnownSwarms)
         wanted = [advert for advert in adverts if swarm == advert.fingerprint]
         if wanted:
             return max(wanted, key=lambda advert: advert.not_after)
+        if is_fingerprint(swarm):  # a swarm may call itself so
+            raise DiscoveryError(_nothing_found(adverts, (), swarm))
     named = [advert for advert in adverts if swarm in (None, advert.name)]
     strangers = [a for a in named if pins.keys_of(a.name) and a.swarm_key not in pins.keys_of(a.name)]
     latest = {a.swarm_key: a for a in sorted(named, key=lambda a: a.not_after) if a not in strangers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import platform
 import time
@@ -14,7 +15,7 @@ from skynet.protocol.addresses import parse_endpoint
 from skynet.protocol.admission import request_admission
 from skynet.protocol.discovery import choose, discover
 from skynet.protocol.hello import Applicant, Welcome
-from skynet.protocol.identity import NodeKey, ProcessKey, PublicKey, fingerprint_of
+from skynet.protocol.identity import NodeKey, ProcessKey, PublicKey, fingerprint_of, is_fingerprint
 from skynet.protocol.ids import PeerId
 from skynet.protocol.invites import Invite, decode_invite
 from skynet.protocol.pins import Pins
@@ -29,7 +30,8 @@ class EntranceConfig:
     """Where to look and with what right to enter."""
 
     coordinator: str | None = None  # HOST or HOST:PORT; None: mDNS, or the invite's addresses
-    swarm: str | None = None
+    swarm: str | None = None  # its name or its key's fingerprint
+    swarm_key: PublicKey | None = None  # of the swarm that this process was in: it comes back to no other
     invite: str | None = None
     config_dir: Path
     find_s: float = 5.0
@@ -57,7 +59,13 @@ class Ticket(NamedTuple):
 class _Place(NamedTuple):
     host: str
     port: int
-    pinned_key: PublicKey | None
+    pinned_key: PublicKey | None  # nothing is said to another
+    is_given: bool  # the user named this address, or his invite does
+
+    @property
+    def address(self) -> str:
+        host = self.host.lower()
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
 async def enter(config: EntranceConfig, role: Role, suffix: str, process_key: ProcessKey | None = None) -> Ticket:
@@ -79,28 +87,79 @@ async def enter(config: EntranceConfig, role: Role, suffix: str, process_key: Pr
     for place in places:
         try:
             admission = await request_admission(
-                place.host, place.port, pinned_key=place.pinned_key, hello=applicant.hello, timeout_s=config.find_s
+                place.host,
+                place.port,
+                pinned_key=place.pinned_key,
+                hello=applicant.hello,
+                timeout_s=config.find_s,
+                check_key=functools.partial(_check_key, config, place, pins),
             )
+            _check_name(config, place, admission.welcome.swarm_name)
         except DiscoveryError as exc:
             failure = exc
             continue
-        is_asked_for = invite is not None or config.swarm is not None
-        is_first = pins.pin(admission.welcome.swarm_name, admission.swarm_key, time.time(), beside_others=is_asked_for)
+        names_key = config.swarm is not None and is_fingerprint(config.swarm)
+        is_asked_for = names_key or invite is not None or config.swarm_key is not None
+        is_first = pins.pin(
+            admission.welcome.swarm_name,
+            admission.swarm_key,
+            time.time(),
+            beside_others=is_asked_for,
+            address=place.address if place.is_given else None,
+        )
         return Ticket(admission.welcome, admission.swarm_key, process_key, place.host, is_first)
     assert failure is not None
     raise failure
 
 
+def _check_key(config: EntranceConfig, place: _Place, pins: Pins, key: PublicKey) -> None:
+    """Before anything is said to whoever answered with this key. Raises DiscoveryError if another is expected."""
+    if place.pinned_key is not None:
+        return  # compared already
+    where, seen = f"{place.host} port {place.port}", fingerprint_of(key)
+    if config.swarm is not None and is_fingerprint(config.swarm):
+        if seen != config.swarm:
+            raise DiscoveryError(
+                f"{where}: another swarm answers there, its key is {seen}, --swarm asks for {config.swarm}; "
+                "check the address"
+            )
+        return
+    known = pins.keys_of(config.swarm) if config.swarm is not None else ()
+    if known and key not in known:
+        raise DiscoveryError(
+            f"{where}: not the swarm {config.swarm!r} that you know: the key there is {seen}, pinned is "
+            f"{fingerprint_of(known[0])}; {pins.advice(key)}"
+        )
+    before = pins.at(place.address)
+    if not known and before is not None and before != key:
+        raise DiscoveryError(
+            f"{where}: another swarm answers there than before: its key is {seen}, it was {fingerprint_of(before)}; "
+            f"{pins.advice(key)}"
+        )
+
+
+def _check_name(config: EntranceConfig, place: _Place, name: str) -> None:
+    """Raises DiscoveryError if the user asked for a swarm by name, and this one has another."""
+    if config.swarm_key is not None or config.swarm in (None, name) or is_fingerprint(config.swarm or ""):
+        return
+    raise DiscoveryError(
+        f"{place.host} port {place.port}: the swarm there is called {name!r}, --swarm asks for {config.swarm!r}; "
+        "check the address, or leave --swarm away"
+    )
+
+
 async def _places(config: EntranceConfig, invite: Invite | None, pins: Pins) -> list[_Place]:
     """Where to ask, best first: the address given by hand, the invite's, or what mDNS finds."""
+    key = config.swarm_key or (invite.swarm_key if invite else None)
     if config.coordinator is not None:
         host, port = parse_endpoint(config.coordinator, DEFAULT_PORT)
-        return [_Place(host, port, invite.swarm_key if invite else None)]
+        return [_Place(host, port, key, is_given=True)]
     if invite is not None:
-        return [_Place(host, port, invite.swarm_key) for host, port in invite.addresses]
-    adverts = await discover(config.find_s, config.swarm, pins)
-    advert = choose(adverts, config.swarm, pins)
-    return [_Place(host, advert.port, advert.swarm_key) for host in advert.hosts]
+        return [_Place(host, port, key, is_given=True) for host, port in invite.addresses]
+    swarm = fingerprint_of(key) if key is not None else config.swarm
+    adverts = await discover(config.find_s, swarm, pins)
+    advert = choose(adverts, swarm, pins)
+    return [_Place(host, advert.port, key or advert.swarm_key, is_given=False) for host in advert.hosts]
 
 
 def _display_name() -> str:

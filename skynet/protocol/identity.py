@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ CERTIFICATE_LIFETIME_S: Final = 30 * 86400
 CLOCK_SKEW_S: Final = 86400  # how far two volunteers' clocks may be apart
 NODE_ID_CHARS: Final = 26
 _Z85: Final = frozenset(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
+_FINGERPRINT: Final = re.compile(r"[a-z2-7]{4}(?:-[a-z2-7]{4}){3}")
 _K = TypeVar("_K", bound="SigningKey")
 
 
@@ -60,6 +62,11 @@ def fingerprint_of(public_key: PublicKey) -> str:
     """What people compare: 80 bits of the key's SHA-256 in four groups, as `abcd-efgh-ijkl-mnop`."""
     digest = _base32_digest(public_key)
     return "-".join(digest[i : i + 4] for i in range(0, 16, 4))
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether this is written like a fingerprint: then it names a key, and no swarm's name."""
+    return _FINGERPRINT.fullmatch(text) is not None
 
 
 def statement(purpose: str, swarm_key: PublicKey, not_after: int, subject: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from skynet.protocol.private_files import locked, private_dir, read_private, wri
 
 FILE_NAME: Final = "pins.json"
 MAX_PINS: Final = 4096
+MAX_PINNED_ADDRESSES: Final = 16  # of one swarm
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Pin:
     name: str
     key: str  # hex
     first_seen: float  # seconds since 1970
+    addresses: tuple[str, ...] = ()  # HOST:PORT that users gave and where this key answered, latest last
 
     @property
     def public_key(self) -> PublicKey:
@@ -61,24 +63,41 @@ class Pins:
     def is_pinned(self, name: str, key: PublicKey) -> bool:
         return key in self.keys_of(name)
 
-    def pin(self, name: str, key: PublicKey, now: float, *, beside_others: bool = False) -> bool:
-        """Remember a swarm; True at first sight (print its fingerprint then).
+    def at(self, address: str) -> PublicKey | None:
+        """The key that answered at this address, given by the user, when he was last there; None: never seen."""
+        return next((pin.public_key for pin in self.all() if address in pin.addresses), None)
+
+    def advice(self, key: PublicKey) -> str:
+        """What to do where a known swarm's place is taken by one with this key."""
+        return (
+            f"if the swarm was set up anew and you trust this key, pass --swarm {fingerprint_of(key)} once, or remove "
+            f"the old pin from {self._path}; else don't join"
+        )
+
+    def pin(
+        self, name: str, key: PublicKey, now: float, *, beside_others: bool = False, address: str | None = None
+    ) -> bool:
+        """Remember a swarm, and that it answers at `address`; True at first sight (print its fingerprint then).
 
         Raises ConfigError if another key is pinned for this name, since that is another swarm or somebody who plays it;
-        `beside_others`: the user asked for this key by name (an invite, `--swarm`), so both are kept.
+        `beside_others`: the user asked for this very key (an invite, its fingerprint), so both are kept. An address
+        belongs to the last key pinned for it.
         """
         with locked(self._path):
             pins = self.all()
             known = [pin.public_key for pin in pins if pin.name == name]
-            if key in known:
-                return False
-            if known and not beside_others:
+            is_first = key not in known
+            if is_first and known and not beside_others:
                 raise ConfigError(
                     f"{name!r}: this swarm's key is {fingerprint_of(key)}, but {fingerprint_of(known[0])} is pinned; "
-                    f"if the swarm was set up anew, remove the old pin from {self._path}, else don't join"
+                    + self.advice(key)
                 )
-            self._write((*pins, Pin(name, key.hex(), now))[-MAX_PINS:])
-        return True
+            news = (*pins, Pin(name, key.hex(), now))[-MAX_PINS:] if is_first else pins
+            if address is not None:
+                news = tuple(_with_address(pin, address, (pin.name, pin.key) == (name, key.hex())) for pin in news)
+            if news != pins:
+                self._write(news)
+        return is_first
 
     def forget(self, name: str) -> bool:
         """Remove every pin of this name; False if there was none."""
@@ -91,3 +110,11 @@ class Pins:
 
     def _write(self, pins: tuple[Pin, ...]) -> None:
         write_private(self._path, msgspec.json.format(msgspec.json.encode(pins)))
+
+
+def _with_address(pin: Pin, address: str, is_its: bool) -> Pin:
+    """This pin with the address, if it is its, else without; unchanged where that is so already."""
+    if is_its == (address in pin.addresses):
+        return pin
+    others = tuple(known for known in pin.addresses if known != address)
+    return replace(pin, addresses=(*others, address)[-MAX_PINNED_ADDRESSES:] if is_its else others)

@@ -32,7 +32,7 @@ from skynet.models.store.store import Progress, StoreConfig
 from skynet.protocol.addresses import listen_addresses, local_interfaces
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import COORDINATOR, EntranceConfig, Ticket, enter
-from skynet.protocol.identity import ProcessKey
+from skynet.protocol.identity import ProcessKey, PublicKey
 from skynet.protocol.ids import PeerId, WorkerId
 from skynet.protocol.messages import (
     TO_WORKER,
@@ -131,6 +131,7 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._compute = ComputeThread(self._factory, bindable(self._hosts), self._device, config.threads, self._report)
         self._link: ControlLink[ToWorker] | None = None
+        self._swarm_key: PublicKey | None = None  # of the swarm we were in: we come back to no other
         self._loads: dict[Epoch, tuple[Prepare, threading.Event]] = {}
         self._held: HeldShard | None = None  # what served last, as long as its weights are in memory
         self._loading = asyncio.Lock()
@@ -207,9 +208,14 @@ class Agent:
     async def _enter(self) -> Ticket:
         config = self._config
         entrance = EntranceConfig(
-            coordinator=config.coordinator, swarm=config.swarm, invite=config.invite, config_dir=config.config_dir
+            coordinator=config.coordinator,
+            swarm=config.swarm,
+            swarm_key=self._swarm_key,
+            invite=config.invite,
+            config_dir=config.config_dir,
         )
         ticket = await enter(entrance, Role.WORKER, self._suffix, self._process_key)
+        self._swarm_key = ticket.swarm_key
         if ticket.is_first_visit:
             logger.info("first visit swarm=%s fingerprint=%s", ticket.welcome.swarm_name, ticket.fingerprint)
         return ticket

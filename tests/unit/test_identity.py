@@ -151,6 +151,20 @@ def test_another_key_for_a_pinned_name_is_refused_with_both_fingerprints(tmp_pat
     assert pins.all() == ()
 
 
+def test_an_address_belongs_to_the_last_swarm_pinned_there(tmp_path: Path) -> None:
+    first, second = SwarmKey.generate().public_key, SwarmKey.generate().public_key
+    pins = Pins(tmp_path)
+    assert pins.at("host:1") is None
+    pins.pin("home", first, NOW, address="host:1")
+    for number in range(20):
+        pins.pin("home", first, NOW, address=f"host:{number}")
+    assert pins.at("host:1") is None, "addresses of one swarm are bounded"
+    assert pins.at("host:19") == first
+    pins.pin("bees", second, NOW, address="host:19")
+    assert pins.at("host:19") == second
+    assert pins.keys_of("home") == (first,)
+
+
 def test_pins_made_at_once_are_all_kept(tmp_path: Path) -> None:
     keys = [SwarmKey.generate().public_key for _ in range(8)]
     barrier = threading.Barrier(len(keys))

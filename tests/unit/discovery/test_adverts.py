@@ -167,6 +167,11 @@ def test_a_swarm_is_asked_for_by_name_or_by_key() -> None:
         choose(adverts, "wasps", Pins())
 
 
+def test_a_swarm_that_calls_itself_by_another_s_fingerprint_is_not_taken_for_it() -> None:
+    with pytest.raises(DiscoveryError, match=f"no swarm called '{KEY.fingerprint}'"):
+        choose([advert(KEY.fingerprint, OTHER_KEY)], KEY.fingerprint, Pins())
+
+
 def test_a_pinned_name_with_another_key_is_another_swarm() -> None:
     impostor = advert(key=OTHER_KEY)
     pins = Pins(ants=KEY.public_key)
