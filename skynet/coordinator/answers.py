@@ -48,7 +48,9 @@ class Answers:
         tell: Tell,
         on_change: Callable[[], None],
         clock: Callable[[], float],
+        why_waiting: Callable[[], str | None],
     ) -> None:
+        self._why_waiting = why_waiting
         self.requests = RequestTable()
         self.behind: dict[tuple[str, RequestId], Request] = {}  # whose clients don't read as fast as they are told
         self._config = config
@@ -200,13 +202,17 @@ class Answers:
                 self._fail(request, exc)
             else:
                 replica.wake.set()
-        if self._fleet.queue and self._fleet.shortage is not None:
-            self._notify_shortage(self._fleet.shortage)
+        self._notify_waiting()
 
-    def _notify_shortage(self, shortage: CapacityError) -> None:
+    def _notify_waiting(self) -> None:
+        """Tell clients in the queue why, whenever that changes."""
+        if not self._fleet.queue or (why := self._why_waiting()) is None:
+            return
+        text = f"waiting for workers: {why}"
         for sequence in self._fleet.queue:
-            request = self.requests.by_sequence[sequence.sequence_id]
-            text = f"waiting for workers: {shortage}"
+            request = self.requests.by_sequence.get(sequence.sequence_id)
+            if request is None:
+                continue
             if request.notice != text and self._tell(request.client, Notice(request_id=request.request_id, text=text)):
                 request.notice = text
 
@@ -274,6 +280,7 @@ class Answers:
 
     def look_after(self, now: float) -> None:
         """Clients that fell behind, answers whose client is gone, requests that have waited long enough."""
+        self._notify_waiting()
         queued = {s.sequence_id for s in self._fleet.queue}
         for request in list(self.behind.values()):
             self._guarded(request, self._flush)

@@ -25,6 +25,7 @@ from skynet.coordinator.served import ServedModel
 from skynet.coordinator.stepping import Stepper
 from skynet.coordinator.survey import Survey
 from skynet.coordinator.transitions import Transitions
+from skynet.coordinator.waiting import why_waiting
 from skynet.errors import CapacityError
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
@@ -64,7 +65,7 @@ class Engine:
         self.membership = membership
         self.fleet = Fleet()
         self.plan: Plan | None = None
-        self.answers = Answers(config, model, self.fleet, tell, on_change, clock)
+        self.answers = Answers(config, model, self.fleet, tell, on_change, clock, lambda: self.why_waiting)
         self.stepper = Stepper(
             config,
             model.spec.vocab_size,
@@ -115,6 +116,11 @@ class Engine:
     def shortage(self) -> CapacityError | None:
         """Why no replica serves, or why no better plan can be made."""
         return self.fleet.shortage
+
+    @property
+    def why_waiting(self) -> str | None:
+        """The same for people: what is being waited for, as long as that isn't workers."""
+        return why_waiting(self.fleet, self.membership)
 
     @property
     def num_requests(self) -> int:

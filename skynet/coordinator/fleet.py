@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from skynet.coordinator.leases import Lease, LeaseKind, LeaseTable
 from skynet.coordinator.replica import Phase, Replica, ReplicaFault
@@ -13,6 +14,8 @@ from skynet.errors import CapacityError
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.ids import LeaseId, SequenceId, WorkerId
 from skynet.protocol.plan import Epoch
+
+NO_WORKER: Final = CapacityError("no worker has joined yet")
 
 
 @dataclass(slots=True)
@@ -23,7 +26,7 @@ class Fleet:
     preparing: list[Replica] = field(default_factory=list)  # load, link or build caches
     queue: list[Sequence] = field(default_factory=list)
     leases: LeaseTable = field(default_factory=LeaseTable)
-    shortage: CapacityError | None = field(default_factory=lambda: CapacityError("no worker has joined yet"))
+    shortage: CapacityError | None = NO_WORKER
     has_served: bool = False
 
     @property

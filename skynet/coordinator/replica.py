@@ -74,6 +74,7 @@ class Replica:
     _waiting: asyncio.Future[StepDone] | None = None
     _prepared: dict[WorkerId, asyncio.Future[None]] = field(default_factory=dict)
     _linked: dict[WorkerId, asyncio.Future[None]] = field(default_factory=dict)
+    sizes: dict[WorkerId, Prepared] = field(default_factory=dict)  # what each worker holds of it
     relayed: set[tuple[str, str]] = field(default_factory=set)
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))  # when, tokens sampled
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a step runs on its workers
@@ -138,8 +139,13 @@ class Replica:
         if isinstance(message, PrepareFailed):
             self.fail(ReplicaFault(f"{worker_id}: {message.reason}", frozenset({worker_id}), is_unfit=True))
         elif future is not None and not future.done():
+            self.sizes[worker_id] = message
             future.set_result(None)
             self.progressed.set()
+
+    def has_loaded(self, worker_id: WorkerId) -> bool:
+        """Whether this worker has its shard in memory."""
+        return worker_id in self.sizes
 
     def on_linked(self, worker_id: WorkerId, message: Linked) -> None:
         future = self._linked.get(worker_id)

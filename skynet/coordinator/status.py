@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from skynet.coordinator.fleet import Fleet
 from skynet.coordinator.membership import Member, Membership
 from skynet.coordinator.replica import Phase, Replica
+from skynet.coordinator.waiting import state_of
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import StageAssignment
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
     """Everything at once; sizes in bytes, times in the unit of their name."""
     engine, model = server.engine, server.model
+    waits_for, shortage = engine.why_waiting, engine.shortage
     serving = [r for r in engine.replicas if r.phase is Phase.SERVING]
     return {
         "revision": revision,
@@ -32,13 +35,11 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
             "dtype": model.spec.dtype,
             "digest": model.ref.digest,
         },
-        "shortage": None if engine.shortage is None else str(engine.shortage),
-        "missing_bytes": 0 if engine.shortage is None else engine.shortage.missing_bytes,
+        "shortage": waits_for,
+        "missing_bytes": shortage.missing_bytes if shortage is not None and str(shortage) == waits_for else 0,
         "replicas": [_replica(r) for r in engine.replicas],
         "reasons": list(engine.plan.reasons) if engine.plan else [],
-        "workers": [
-            _worker(m, engine.replicas, server.membership) for _, m in sorted(server.membership.members.items())
-        ],
+        "workers": [_worker(m, engine.fleet, server.membership) for _, m in sorted(server.membership.members.items())],
         "leases": [
             {"id": lease.lease_id, "kind": str(lease.kind), "holder": lease.holder, "worker": lease.worker}
             for lease in engine.leases.export()
@@ -78,11 +79,12 @@ def _replica(replica: Replica) -> dict[str, Any]:
     }
 
 
-def _worker(member: Member, replicas: list[Replica], membership: Membership) -> dict[str, Any]:
-    replica = next((r for r in replicas if member.worker_id in r.assignments), None)
+def _worker(member: Member, fleet: Fleet, membership: Membership) -> dict[str, Any]:
+    replica = next((r for r in fleet.replicas if member.worker_id in r.assignments), None)
     assignment = replica.assignments[member.worker_id] if replica else None
     profile = member.join.profile
     loading = member.loading
+    held = replica.sizes.get(member.worker_id, member) if replica else member  # not what is being made ready beside it
     return {
         "id": member.worker_id,
         "pid": member.join.pid,
@@ -91,15 +93,15 @@ def _worker(member: Member, replicas: list[Replica], membership: Membership) -> 
         "threads": profile.threads,
         "memory_bytes": profile.memory_bytes,
         "memory_used_bytes": member.memory_used_bytes,
-        "weight_bytes": member.weight_bytes,
-        "kv_bytes": member.kv_bytes,
+        "weight_bytes": held.weight_bytes,
+        "kv_bytes": held.kv_bytes,
         "layers": f"{assignment.layers.start}-{assignment.layers.end - 1}" if assignment else None,
         "share": _share(assignment) if assignment else None,
         "link_ms": _link_ms(member.worker_id, membership),
         "tokens_per_s": replica.tokens_per_s if replica else 0.0,
         "steps_done": member.steps_done,
         "bad_chunks": member.bad_chunks,
-        "state": _state(member, assignment),
+        "state": state_of(member, fleet),
         "loading": None
         if loading is None
         else {
@@ -120,13 +122,3 @@ def _link_ms(worker_id: WorkerId, membership: Membership) -> float | None:
     """The slowest measured round trip to a peer."""
     times = [link.round_trip_s for pair, link in membership.links.items() if worker_id in pair]
     return 1000 * max(times) if times else None
-
-
-def _state(member: Member, assignment: StageAssignment | None) -> str:
-    if member.unfit_reason is not None:
-        return f"unfit: {member.unfit_reason}"
-    if member.loading is not None and member.loading.bytes_total:
-        return f"loading {100 * member.loading.bytes_done // member.loading.bytes_total}%"
-    if member.state.name == "DRAINING":
-        return "draining"
-    return "serving" if assignment else "spare"

@@ -21,6 +21,7 @@ from skynet.coordinator.membership import Membership
 from skynet.coordinator.planner import Layout, PlannerConfig
 from skynet.coordinator.replica import Phase
 from skynet.coordinator.served import ServedModel, open_model
+from skynet.coordinator.waiting import state_of
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
     Busy,
@@ -32,6 +33,8 @@ from skynet.protocol.messages import (
     Join,
     Link,
     Linked,
+    LoadProgress,
+    Notice,
     Ping,
     Pong,
     Prepare,
@@ -101,6 +104,8 @@ class Stage:
     live: set[WorkerId] = field(default_factory=set)
     mute: set[WorkerId] = field(default_factory=set)  # alive, but they don't answer pings
     unfit: set[WorkerId] = field(default_factory=set)
+    loading: set[WorkerId] = field(default_factory=set)  # and never done, unless the test says so
+    notices: list[str] = field(default_factory=list)
     released: set[WorkerId] = field(default_factory=set)
     evicted: set[WorkerId] = field(default_factory=set)
     hung: dict[WorkerId, float] = field(default_factory=dict)  # in a step, for so many seconds
@@ -159,6 +164,8 @@ class Stage:
         match message:
             case Prepare() if worker_id in self.unfit:
                 self.engine.on_worker(worker_id, PrepareFailed(epoch=message.epoch, reason="disk full"))
+            case Prepare() if worker_id in self.loading:
+                self.held[worker_id].add(message.epoch)
             case Prepare():
                 self.held[worker_id].add(message.epoch)
                 self.engine.on_worker(worker_id, Prepared(epoch=message.epoch, weight_bytes=1, kv_bytes=1))
@@ -259,6 +266,8 @@ class Stage:
         return client
 
     def tell(self, _: PeerId, message: ToClient) -> bool:
+        if isinstance(message, Notice):
+            self.notices.append(message.text)
         if not isinstance(message, Tokens | Finished | Failed):
             return True
         return self.clients[message.request_id].take(message)
@@ -830,6 +839,35 @@ def test_a_request_that_cannot_be_ended_does_not_end_the_coordinator(model: Serv
         assert isinstance(good.end, Finished)
 
     play(model, act, orphan_s=0.02)
+
+
+def test_people_are_told_what_is_really_being_waited_for(model: ServedModel) -> None:
+    """Before: "no worker has joined yet" while they loaded, and "spare" for who waited for the others."""
+
+    async def act(stage: Stage) -> None:
+        engine = stage.engine
+        client = stage.ask("one")
+        assert stage.notices == ["waiting for workers: no worker has joined yet"]
+        early = stage.join("a")
+        late = WorkerId("w" * 26 + ".b")
+        stage.loading.add(late)
+        stage.join("b")
+        assert engine.why_waiting == "2 workers are there, a plan is being made"
+        await until(lambda: engine.why_waiting == "1 of 2 workers load their layers")
+        states = {w: state_of(m, engine.fleet) for w, m in engine.membership.members.items()}
+        assert states == {early: "waiting for peers", late: "preparing"}
+        (replica,) = engine.fleet.preparing
+        report = LoadProgress(epoch=replica.epoch, bytes_done=37, bytes_total=100, bytes_by_source={})
+        engine.on_worker(late, report)
+        assert engine.why_waiting == "1 of 2 workers load their layers (30%)"
+        assert state_of(engine.membership.members[late], engine.fleet) == "loading 37%"
+        await until(lambda: stage.notices[-1] == "waiting for workers: 1 of 2 workers load their layers (30%)")
+        engine.on_worker(late, Prepared(epoch=replica.epoch, weight_bytes=1, kv_bytes=1))
+        await until(lambda: client.end is not None)
+        await until(lambda: engine.why_waiting is None)
+        assert {state_of(m, engine.fleet) for m in engine.membership.members.values()} == {"serving"}
+
+    play(model, act)
 
 
 LONG = "a time and " * 450  # more characters than are read at once
