@@ -109,7 +109,10 @@ def worker(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="The most memory this worker takes, for example 8GiB. Default: 80% of what is free."),
+        typer.Option(
+            help="The most memory this worker takes, for example 8GiB; give it where several share a machine. "
+            "Default: 80% of what is free."
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Keeps several workers of one machine apart. Default: the device.")
