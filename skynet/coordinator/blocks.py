@@ -23,10 +23,6 @@ class BlockTable:
     blocks: tuple[int, ...]
     reserved: range = field(default=range(0))  # where it hopes to grow
 
-    @property
-    def is_contiguous(self) -> bool:
-        return not self.blocks or self.blocks == tuple(range(self.blocks[0], self.blocks[0] + len(self.blocks)))
-
 
 class BlockManager:
     """Hands out blocks [0, num_blocks) and counts who refers to each.

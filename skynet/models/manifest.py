@@ -136,10 +136,6 @@ class Manifest:
         weights = {t.file for t in self.tensors}
         return tuple(f for f in self.files if f.name not in weights)
 
-    @property
-    def num_weight_bytes(self) -> int:
-        return sum(t.num_bytes for t in self.tensors)
-
     def file(self, name: str) -> FileEntry:
         """Raises WeightError if the checkpoint has no such file."""
         if (found := self._files.get(name)) is None:

@@ -6,11 +6,9 @@ Filled by `skynet.models.config.read_spec`, which refuses architectures and sett
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType
 
 from skynet.protocol.plan import Dtype
 
-ModelId = NewType("ModelId", str)  # what the user called it: a directory, a hub id or "embedded"
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

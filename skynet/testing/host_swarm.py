@@ -6,7 +6,6 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,6 @@ from skynet.testing.hosts import Host
 from skynet.testing.processes import NodeProcess, popen
 
 COMMAND_S = 90.0  # on a busy machine; idle, a command takes about one second
-POLL_S = 0.2  # between two questions for the status
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,19 +165,6 @@ class HostSwarm:
             raise RuntimeError(f"status ended with {ended.code}: {ended.errors}")
         facts: dict[str, Any] = json.loads(ended.output)
         return facts
-
-    def wait_status(
-        self, host: Host, arguments: Sequence[str], is_met: Callable[[dict[str, Any]], bool], timeout_s: float = 60.0
-    ) -> dict[str, Any]:
-        """The first status that meets a condition. Raises TimeoutError with the last one and the ends of all logs."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            facts = self.status(host, *arguments)
-            if is_met(facts):
-                return facts
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"after {timeout_s:.0f} s the status is still {json.dumps(facts)}\n{self.logs()}")
-            time.sleep(POLL_S)
 
     def host_of(self, worker_id: str) -> str:
         """The name of the host whose worker has this id."""

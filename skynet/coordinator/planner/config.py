@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 from skynet.errors import ConfigError
-
-MIB: Final = 1 << 20
 
 
 class Objective(StrEnum):

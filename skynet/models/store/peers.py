@@ -59,10 +59,6 @@ class PeerChunks:
         self._in_flight: Counter[PeerId] = Counter()
         self._bad: set[PeerId] = set()
 
-    @property
-    def bad_senders(self) -> frozenset[PeerId]:
-        return frozenset(self._bad)
-
     def fetch(self, chunk: ChunkRef, cancel: threading.Event) -> bytes | None:
         """See ChunkSource."""
         attempt, deadline = _Attempt(), time.monotonic() + self._patience_s
