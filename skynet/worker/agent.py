@@ -137,6 +137,7 @@ class Agent:
         self._loading = asyncio.Lock()
         self._bars = LoadBars(config.show_progress)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: WorkerError | None = None  # of a task that should have gone on
         self._interrupts = 0
         self._is_released = False
         self._lease_s = 4.0
@@ -263,6 +264,8 @@ class Agent:
         process = psutil.Process()
         while True:
             assert self._link is not None
+            if self._failure is not None:
+                raise self._failure
             if not self._compute.is_alive:
                 raise WorkerError("the compute thread ended, its log says why; start this worker again")
             self._link.send(
@@ -411,7 +414,14 @@ class Agent:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
         task.set_name(name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        """A task that failed ends the worker, with the reason: half a worker would serve nobody."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("task failed task=%s", task.get_name(), exc_info=exc)
+            self._failure = WorkerError(f"{task.get_name()} ended ({exc!r}), the log says why; start this worker again")
 
 
 def is_same_shard(a: StageAssignment, b: StageAssignment) -> bool:
