@@ -189,11 +189,16 @@ def status(
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Directory, hub id, or `embedded`.")] = "embedded",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory, hub id, or `embedded`. Default: what the running swarm serves, else `embedded`."),
+    ] = None,
     workers: Annotated[
         str | None, typer.Option(help="YAML file that describes workers. Default: the running swarm's.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="latency, throughput or memory.")] = "latency",
+    objective: Annotated[
+        str | None, typer.Option(help="latency, throughput or memory. Default: the running swarm's, else latency.")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="Pin the layout, for example 2x3.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

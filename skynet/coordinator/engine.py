@@ -181,14 +181,15 @@ class Engine:
         self._changed.set()
         self._on_change()
 
-    def lost(self, worker_id: WorkerId, reason: str) -> None:
+    def lost(self, worker_id: WorkerId, reason: str, *, is_expected: bool = False) -> None:
         """A worker is gone. Its replicas break at once; `_converge` replaces them."""
         if self.membership.remove(worker_id) is None:
             return
-        logger.warning("worker lost worker=%s reason=%s", worker_id, reason)
+        level = logging.INFO if is_expected else logging.WARNING
+        logger.log(level, "worker %s worker=%s reason=%s", "left" if is_expected else "lost", worker_id, reason)
         self.survey.forget(worker_id)
         self.stepper.forget(worker_id)
-        self.fleet.lost(worker_id, reason)
+        self.fleet.lost(worker_id, reason, is_expected=is_expected)
         self.members_changed()
 
     def on_worker(self, worker_id: WorkerId, message: Prepared | PrepareFailed | Linked | LoadProgress) -> None:
@@ -356,7 +357,7 @@ class Engine:
         for member in list(self.membership.members.values()):
             if member.state is WorkerState.DRAINING and member.worker_id not in needed:
                 self._transport.send_control(member.worker_id, Released())
-                self.lost(member.worker_id, "left")
+                self.lost(member.worker_id, "its work is done here", is_expected=True)
 
     # -- the passing of time
 

@@ -50,12 +50,14 @@ class Fleet:
         """All that hold a part of a replica in service."""
         return frozenset[WorkerId]().union(*(r.workers for r in self.replicas))
 
-    def lost(self, worker_id: WorkerId, reason: str) -> None:
+    def lost(self, worker_id: WorkerId, reason: str, *, is_expected: bool = False) -> None:
         """Every replica with this worker breaks, and what the worker was lent for is free."""
         self.leases.vanished(worker_id)
         for replica in self.all:
             if worker_id in replica.workers:
-                replica.fail(ReplicaFault(f"{worker_id} is gone: {reason}", frozenset({worker_id}), is_loss=True))
+                gone = frozenset({worker_id})
+                text = f"{worker_id} is gone: {reason}"
+                replica.fail(ReplicaFault(text, gone, is_loss=True, is_expected=is_expected))
 
     def drop(self, sequence_id: SequenceId) -> None:
         """Forget a sequence, wherever it is."""

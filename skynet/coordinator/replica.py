@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+from skynet.coordinator.foreign import foreign_text
 from skynet.coordinator.observed import Pace
 from skynet.coordinator.planner import ReplicaPlan
 from skynet.coordinator.scheduler import Scheduler
@@ -41,10 +42,12 @@ class ReplicaFault(WorkerError):
         *,
         is_unfit: bool = False,
         is_loss: bool = False,
+        is_expected: bool = False,
     ) -> None:
         super().__init__(reason)
         self.suspects = suspects
         self.is_unfit = is_unfit  # the suspects can't hold their shard, as they said, or sent others nonsense
+        self.is_expected = is_expected  # they left as they should: nothing is wrong
         self.is_loss = is_loss  # the suspects are known to be gone: nobody else need be asked or blamed
 
 
@@ -137,7 +140,8 @@ class Replica:
     def on_prepared(self, worker_id: WorkerId, message: Prepared | PrepareFailed) -> None:
         future = self._prepared.get(worker_id)
         if isinstance(message, PrepareFailed):
-            self.fail(ReplicaFault(f"{worker_id}: {message.reason}", frozenset({worker_id}), is_unfit=True))
+            reason = foreign_text(message.reason)
+            self.fail(ReplicaFault(f"{worker_id}: {reason}", frozenset({worker_id}), is_unfit=True))
         elif future is not None and not future.done():
             self.sizes[worker_id] = message
             future.set_result(None)
@@ -151,7 +155,7 @@ class Replica:
         future = self._linked.get(worker_id)
         self.relayed |= {(worker_id, peer) for peer in message.relayed}
         if message.unreachable:
-            self.fail(ReplicaFault(f"{worker_id} can't reach {', '.join(message.unreachable)}"))
+            self.fail(ReplicaFault(f"{worker_id} can't reach {foreign_text(', '.join(message.unreachable))}"))
         elif future is not None and not future.done():
             future.set_result(None)
             self.progressed.set()
@@ -188,16 +192,13 @@ class Replica:
     def on_work(self, worker_id: WorkerId, message: StepDone | StepFailed) -> None:
         """A rank reports. Only the sampling rank's result counts, and only for the step we wait for."""
         if isinstance(message, StepFailed):
+            reason = foreign_text(message.reason)
             suspect = next((w for w in self.assignments if w == message.suspect), None)
             logger.warning(
-                "step failed epoch=%s step=%d worker=%s reason=%s", self.epoch, message.step, worker_id, message.reason
+                "step failed epoch=%s step=%d worker=%s reason=%s", self.epoch, message.step, worker_id, reason
             )
             suspects = frozenset({suspect} if suspect else ())
-            self.fail(
-                ReplicaFault(
-                    f"{worker_id}: {message.reason}", suspects, is_unfit=bool(suspects) and message.is_nonsense
-                )
-            )
+            self.fail(ReplicaFault(f"{worker_id}: {reason}", suspects, is_unfit=bool(suspects) and message.is_nonsense))
             return
         assignment = self.assignments[worker_id]
         expected = message.step == self.step_number - 1 and assignment.is_last and assignment.rank == 0

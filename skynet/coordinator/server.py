@@ -20,6 +20,7 @@ from skynet.coordinator.administration import Administration
 from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
+from skynet.coordinator.foreign import foreign_text
 from skynet.coordinator.instance import sole_coordinator
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.news import StatusNews
@@ -331,7 +332,7 @@ class CoordinatorServer:
         domains = {"control", "work", "bulk", RELAY_DOMAIN} if decision.role is Role.WORKER else {"control"}
         self.factory.allow(curve_key, decision.peer_id, domains)
         self._admitted[decision.peer_id] = _Admitted(decision.role, curve_key, decision.source, _now())
-        logger.info("admitted peer=%s role=%s source=%s", decision.peer_id, decision.role, decision.source)
+        logger.debug("let in peer=%s role=%s source=%s", decision.peer_id, decision.role, decision.source)
 
     def cut_off(self, node_id: str, reason: str) -> int:
         """End every membership of a node at once; how many processes that were."""
@@ -415,7 +416,7 @@ class CoordinatorServer:
             case GetStatus():
                 self._news.ask(peer, message, _now())
             case GetProfiles():
-                self._answer(peer, message.request_id, profiles(self.membership))
+                self._answer(peer, message.request_id, profiles(self.engine))
             case CreateInvite() | ListInvites() | RevokeInvite() | ListNodes() | Approve() | Revoke() | Drain():
                 self._answer(peer, message.request_id, self.administration.carry_out(message))
             case Ping():
@@ -443,7 +444,12 @@ class CoordinatorServer:
 
     def _note_bad_chunk(self, worker_id: WorkerId, message: BadChunk) -> None:
         culprit = self.membership.members.get(WorkerId(message.peer))
-        logger.warning("bad chunk reported by=%s from=%s chunk=%s", worker_id, message.peer, message.chunk[:64])
+        logger.warning(
+            "bad chunk reported by=%s from=%s chunk=%s",
+            worker_id,
+            foreign_text(message.peer, 64),
+            foreign_text(message.chunk, 64),
+        )
         if culprit is not None:
             culprit.bad_chunks += 1
 

@@ -14,6 +14,7 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import StageAssignment
 
 if TYPE_CHECKING:
+    from skynet.coordinator.engine import Engine
     from skynet.coordinator.server import CoordinatorServer
 
 
@@ -49,11 +50,19 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
     }
 
 
-def profiles(membership: Membership) -> dict[str, Any]:
-    """Workers and links as measured, for planning elsewhere."""
+def profiles(engine: Engine) -> dict[str, Any]:
+    """Workers and links as the engine plans with them, and what it plans for: for planning elsewhere."""
+    planner = engine.config.planner
+    workers = engine.observations.corrected(engine.membership.usable())
     return {
-        "workers": {w: msgspec.to_builtins(p) for w, p in membership.usable().items()},
-        "links": [msgspec.to_builtins(link) for link in membership.links.values()],
+        "workers": {w: msgspec.to_builtins(p) for w, p in workers.items()},
+        "links": [msgspec.to_builtins(link) for link in engine.survey.links()],
+        "model": engine.model.ref.name,
+        "dtype": engine.model.spec.dtype,
+        "spec": msgspec.to_builtins(engine.model.spec),
+        "objective": str(planner.objective),
+        "layout": None if planner.layout is None else str(planner.layout),
+        "min_context_tokens": planner.min_context_tokens,
     }
 
 

@@ -176,7 +176,10 @@ class Stepper:
         self._fleet.release(replica)
         if fault is None:
             return  # released by somebody who knew why
-        logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
+        if fault.is_expected:
+            logger.info("replica ended epoch=%s reason=%s", replica.epoch, fault)
+        else:
+            logger.warning("replica broken epoch=%s reason=%s", replica.epoch, fault)
         self._answers.dispatch()  # others may go on with its sequences at once
         if fault.is_unfit:  # it lives, but others can't use what it sends
             for worker_id in fault.suspects & self._membership.members.keys():

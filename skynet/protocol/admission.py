@@ -28,6 +28,7 @@ from skynet.protocol.possession import ProofSecret
 from skynet.protocol.tls import client_context, peer_key, server_context
 
 logger = logging.getLogger(__name__)
+MAX_REFUSALS = 256  # different ones that the log has had
 
 Admit = Callable[[Hello, str], Awaitable[Welcome | Refused]]
 _LENGTH: Final = struct.Struct(">I")
@@ -106,6 +107,7 @@ class AdmissionListener:
         self._limiter = AddressLimiter(self._config.each_address, self._config.all_addresses)
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
+        self._refusals: dict[tuple[str, str, str], None] = {}  # that were logged, the last ones
         self._visits: dict[_Visit, None] = {}  # in order of arrival
 
     @property
@@ -238,11 +240,20 @@ class AdmissionListener:
             answer = Refused(code="internal", reason="the coordinator failed to decide; its log says why")
         if isinstance(answer, Refused):
             self.stats.refused += 1
-            logger.info("node refused source=%s code=%s reason=%s", source, answer.code, answer.reason)
+            self._log_refusal(source, answer)
         else:
             self.stats.welcomed += 1
             logger.info("node admitted peer=%s role=%s source=%s", answer.peer_id, answer.role, source)
         return answer
+
+    def _log_refusal(self, source: str, refused: Refused) -> None:
+        """Who waits for approval asks every few seconds: once is enough for the log."""
+        said = (source, refused.code, refused.reason)
+        level = logging.DEBUG if said in self._refusals else logging.INFO
+        logger.log(level, "node refused source=%s code=%s reason=%s", *said)
+        self._refusals[said] = None
+        while len(self._refusals) > MAX_REFUSALS:
+            del self._refusals[next(iter(self._refusals))]
 
 
 def _bind_all(hosts: Sequence[str], port: int, backlog: int) -> tuple[list[socket.socket], int]:

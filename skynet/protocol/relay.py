@@ -234,7 +234,8 @@ class RelayServer:
     def stop(self) -> None:
         """Stop forwarding and close the socket."""
         if not self._stop_sender.closed:
-            self._stop_sender.send(b"", zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # it has ended already
+                self._stop_sender.send(b"", zmq.NOBLOCK)
             self._thread.join(5.0)
             self._stop_sender.close(linger=0)
 

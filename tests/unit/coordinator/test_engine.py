@@ -7,20 +7,24 @@ holds, cells of another epoch or another sequence included.
 from __future__ import annotations
 
 import asyncio
+import json
 import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
+from skynet.client.planning import plan_for
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.membership import Membership
-from skynet.coordinator.planner import Layout, PlannerConfig
+from skynet.coordinator.planner import Layout, PlannerConfig, plan, plan_as_dict
 from skynet.coordinator.replica import Phase
 from skynet.coordinator.served import ServedModel, open_model
+from skynet.coordinator.status import profiles
 from skynet.coordinator.waiting import state_of
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
@@ -868,6 +872,63 @@ def test_people_are_told_what_is_really_being_waited_for(model: ServedModel) -> 
         assert {state_of(m, engine.fleet) for m in engine.membership.members.values()} == {"serving"}
 
     play(model, act)
+
+
+def test_a_plan_made_elsewhere_is_the_one_that_is_carried_out(model: ServedModel, tmp_path: Path) -> None:
+    """Before: made from what workers claim, not from what steps and measurements showed of them."""
+
+    async def act(stage: Stage) -> None:
+        stage.slow.add(WorkerId("w" * 26 + ".c"))
+        await start(stage, "a", "b", "c")
+        engine = stage.engine
+        engine.observations.fold(stage.serving(), 4.0, engine.membership.usable())
+        told = json.loads(json.dumps(profiles(engine)))
+        corrected = engine.observations.corrected(engine.membership.usable())
+        assert corrected != engine.membership.usable()
+        assert {WorkerId(w): msgspec.convert(p, WorkerProfile) for w, p in told["workers"].items()} == corrected
+        assert tuple(msgspec.convert(told["links"], list[LinkProfile])) == engine.survey.links()
+        text = plan_for(
+            None, None, told, objective=None, layout=None, dtype=None,
+            as_json=True, cache_dir=tmp_path, hub_endpoint=None,
+        )  # fmt: skip
+        config, links = engine.config.planner, engine.survey.links()
+        assert json.loads(text) == plan_as_dict(plan(model.spec, corrected, links, config))
+
+    play(model, act)
+
+
+def test_a_worker_that_leaves_as_it_should_is_no_warning(model: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a")
+        (only,) = stage.serving()
+        stage.engine.drain(only)
+        await until(lambda: only in stage.released)
+        await until(lambda: not stage.engine.replicas)
+
+    with caplog.at_level("INFO", logger="skynet.coordinator"):
+        play(model, act, layout=None)
+    said = [(r.levelname, r.getMessage().split(" epoch=")[0].split(" worker=")[0]) for r in caplog.records]
+    assert ("INFO", "worker left") in said
+    assert ("INFO", "replica ended") in said
+    assert not [message for level, message in said if level == "WARNING" and "not enough" not in message]
+
+
+def test_what_a_worker_says_reaches_log_and_status_in_one_bounded_line(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        stage.loading.add(WorkerId("w" * 26 + ".a"))
+        worker_id = stage.join("a")
+        await until(lambda: bool(stage.engine.fleet.preparing))
+        (replica,) = stage.engine.fleet.preparing
+        reason = "disk full\n2026 INFO all is well \x1b[2J" + "x" * 5000
+        stage.engine.on_worker(worker_id, PrepareFailed(epoch=replica.epoch, reason=reason))
+        member = stage.engine.membership.members[worker_id]
+        await until(lambda: member.unfit_reason is not None)
+        assert member.unfit_reason is not None
+        assert member.unfit_reason.isprintable()
+        assert "disk full 2026" in member.unfit_reason
+        assert len(member.unfit_reason) < 1100
+
+    play(model, act, layout=None)
 
 
 LONG = "a time and " * 450  # more characters than are read at once
