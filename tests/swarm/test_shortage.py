@@ -87,7 +87,7 @@ def test_a_killed_client_is_forgotten_and_who_waits_is_answered_when_a_worker_jo
     try:
         for process in (killed, waiting):
             assert process.stderr is not None
-            assert "waiting for workers" in process.stderr.readline()
+            assert any("waiting for workers" in line for line in process.stderr)
         assert swarm.status()["num_queued"] == 2
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=10)
