@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a swarm makes its groups
 _CHOICE_BYTES = 8  # per token and chosen expert: which, and its weight
 _EXPERT_OVERHEAD = 1 / 6  # of a layer's fixed cost: what each expert in use adds to it, about ten operations of sixty
 # Measured on CPUs against whole stages (docs/benchmarks/planner_cpu_2026-11.md):
-_READ_EFFICIENCY = 0.8  # a layer's matrices are smaller than the one whose rate was measured, and never in a cache
+_READ_EFFICIENCY = 0.85  # a layer's matrices are smaller than the one whose rate was measured, and never in a cache
 _SEQUENCE_OVERHEAD = 1 / 7  # of a layer's fixed cost: what each further sequence adds, as it attends on its own
 _FEW_TOKENS = 16  # up to here weights are read once and each token adds its operations; beyond, a matrix product
 
