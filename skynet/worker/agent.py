@@ -61,12 +61,13 @@ from skynet.protocol.messages import (
 from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.roles import Role
 from skynet.protocol.sockets import SocketFactory
-from skynet.worker.compute import Attach, ComputeThread, Drop, Install, LinkUp, MeasureLinks, Report
+from skynet.worker.compute import Attach, ComputeThread, Drop, Dropped, Install, LinkUp, MeasureLinks, Report
 from skynet.worker.device import device_name, lendable_bytes, measure_profile, pick_device
 from skynet.worker.loader import Loader
 from skynet.worker.machine import bindable, claimed_suffix, host_id
 from skynet.worker.progress import LoadBars
 from skynet.worker.sharing import ChunkSharing
+from skynet.worker.stage.heap import return_freed_memory
 from skynet.worker.welcomed import Welcomed
 
 logger = logging.getLogger(__name__)
@@ -316,7 +317,10 @@ class Agent:
     def _report(self, report: Report) -> None:
         """From the compute thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closing
-            self._loop.call_soon_threadsafe(self._send, report)
+            if isinstance(report, Dropped):
+                self._loop.call_soon_threadsafe(self._dropped)
+            else:
+                self._loop.call_soon_threadsafe(self._send, report)
 
     # -- shards
 
@@ -403,12 +407,22 @@ class Agent:
         )
 
     def _discard(self, epoch: Epoch) -> None:
-        """Free what an epoch holds; its weights stay until the next load, in case that needs them again."""
+        """Free what an epoch holds; without another that serves its weights stay, in case the next needs them again."""
         held = self._loads.pop(epoch, None)
         if held is not None:
             held[1].set()
         self._compute.abort(epoch)
         self._compute.order(Drop(epoch))
+
+    def _dropped(self) -> None:
+        """An epoch is over while another serves: what that one doesn't need goes back to the system."""
+        if self._held is not None and self._held.epoch in self._loads:
+            self._spawn(self._tidy_up(), "tidy-up")
+
+    async def _tidy_up(self) -> None:
+        async with self._loading:
+            await asyncio.to_thread(self._loader.keep_only, [order for order, _ in self._loads.values()])
+            await asyncio.to_thread(return_freed_memory)
 
     def _spawn(self, work: object, name: str) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -89,7 +89,16 @@ class Stop:
 
 
 Order = Attach | Install | LinkUp | MeasureLinks | Drop | Stop
-Report = Prepared | Linked | Aborted | ProbeReport
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What this epoch held is free; said to the agent alone."""
+
+    epoch: Epoch
+
+
+Report = Prepared | Linked | Aborted | ProbeReport | Dropped
 
 
 @dataclass(slots=True)
@@ -340,6 +349,7 @@ class ComputeThread:
         for peer_id in self._linked - needed:
             self._open_channel.disconnect(peer_id)
         self._linked &= needed
+        self._report(Dropped(epoch))
 
     # -- steps
 
