@@ -370,7 +370,7 @@ class Agent:
             return  # discarded meanwhile
         logger.info(
             "shard loaded epoch=%s layers=%d-%d rank=%d/%d mib=%.1f seconds=%.2f",
-            order.epoch, order.assignment.layers.start, order.assignment.layers.end, order.assignment.rank,
+            order.epoch, order.assignment.layers.start, order.assignment.layers.end - 1, order.assignment.rank,
             len(order.assignment.group), stage.weight_bytes / 2**20, time.monotonic() - started,
         )  # fmt: skip
         self._compute.order(Install(order.epoch, order.assignment, stage, order.peers))

@@ -73,7 +73,7 @@ class Loader:
         key = ShardKey.of(order)
         held = self._held.get(key)
         if held is not None:
-            logger.info("shard reused epoch=%s layers=%s", order.epoch, key.layers)
+            logger.info("shard reused epoch=%s layers=%d-%d", order.epoch, key.layers[0], key.layers[1] - 1)
             return held.with_fresh_cache(order.assignment)
         local, remote = self._places(order.model)
         model = self._models.get(order.model.digest)

@@ -83,7 +83,7 @@ def load_stage(
         "stage loaded model_type=%s layers=%d-%d rank=%d weight_bytes=%d kv_bytes=%d",
         spec.model_type,
         assignment.layers.start,
-        assignment.layers.end,
+        assignment.layers.end - 1,
         assignment.rank,
         stage.weight_bytes,
         stage.kv_bytes,
