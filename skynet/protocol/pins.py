@@ -60,9 +60,6 @@ class Pins:
         """The keys pinned for a swarm's name: none if it was never seen, several if the user chose to know several."""
         return tuple(pin.public_key for pin in self.all() if pin.name == name)
 
-    def is_pinned(self, name: str, key: PublicKey) -> bool:
-        return key in self.keys_of(name)
-
     def at(self, address: str) -> PublicKey | None:
         """The key that answered at this address, given by the user, when he was last there; None: never seen."""
         return next((pin.public_key for pin in self.all() if address in pin.addresses), None)
