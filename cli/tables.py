@@ -10,15 +10,6 @@ from rich.table import Table
 from .common import printable_line
 
 
-def human_bytes(count: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def render_status(facts: dict[str, Any], width: int | None = None) -> str:
     """The swarm in one screen, 80 columns wide where names are short: the model, its workers, its requests.
 
@@ -65,8 +56,11 @@ def _printable(fact: Any) -> Any:
 
 def _short_bytes(count: float) -> str:
     """17.4 GiB -> 17G; 1.5 GiB stays 1.5G."""
-    number, unit = human_bytes(count).split()
-    return f"{float(number):.{1 if float(number) < 10 else 0}f}{unit[0]}"
+    for unit in "BKMGT":
+        if abs(count) < 1024 or unit == "T":
+            break
+        count /= 1024
+    return f"{count:.1f}{unit}" if round(count, 1) < 10 else f"{count:.0f}{unit}"
 
 
 def _device(worker: dict[str, Any]) -> str:
