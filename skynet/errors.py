@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
+
+MAX_FOREIGN_CHARS: Final = 1000
+
+
+def foreign_text(text: str, limit: int = MAX_FOREIGN_CHARS) -> str:
+    """Words of a peer, for an error, a log, a status or other peers: one bounded line that no terminal obeys."""
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 class SkyNetError(Exception):
@@ -15,9 +23,12 @@ class SkyNetError(Exception):
 
 
 class ProtocolError(SkyNetError):
-    """A peer broke the protocol."""
+    """A peer broke the protocol. The text may quote it and is made harmless here, wherever it goes."""
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(foreign_text(message))
 
 
 class MalformedMessage(ProtocolError):
@@ -99,7 +110,7 @@ class TransferFailed(SkyNetError):
     exit_code = 6
 
     def __init__(self, message: str, code: TransferCode) -> None:
-        super().__init__(message)
+        super().__init__(foreign_text(message))  # it may quote the other side
         self.code: TransferCode = code
 
 

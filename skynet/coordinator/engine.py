@@ -336,7 +336,9 @@ class Engine:
             return  # known already; whoever has joined again since isn't to blame
         for worker_id in fault.suspects & self.membership.members.keys():
             if fault.is_unfit:
-                self.membership.mark_unfit(worker_id, str(fault), self._clock(), self.config.unfit_s)
+                self.membership.mark_unfit(
+                    worker_id, str(fault), self._clock(), self.config.unfit_s, accuser=fault.accuser
+                )
             else:
                 self.lost(worker_id, str(fault))
                 self._transport.send_control(worker_id, Evicted(reason=str(fault)))

@@ -13,6 +13,7 @@ from skynet.protocol.messages import Join, LoadProgress, PeerInfo
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 MAX_LINKS = 8192  # measured links we remember
+MAX_BLAMERS = 1024  # nodes of which we remember whom they blamed
 CUT_S = 15.0  # two workers that couldn't reach each other are kept apart for this long
 _HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z._-]+)?")  # names, IPv4, IPv6
 
@@ -71,6 +72,7 @@ class Membership:
     links: dict[tuple[WorkerId, WorkerId], LinkProfile] = field(default_factory=dict)
     measured_at: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
     cut_until: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
+    blamed: dict[str, dict[WorkerId, str]] = field(default_factory=dict)  # by each node: whom, and in which words
 
     def join(self, worker_id: WorkerId, join: Join, curve_key: bytes, seen_host: str, now: float) -> Member:
         """Add a worker, or replace what an earlier process of the same worker said."""
@@ -111,12 +113,37 @@ class Membership:
             member.state = WorkerState.DRAINING
         return member is not None
 
-    def mark_unfit(self, worker_id: WorkerId, reason: str, now: float, retry_s: float) -> None:
-        """It couldn't hold its shard: not to be planned for, at first for `retry_s`, then for longer each time."""
+    def mark_unfit(
+        self, worker_id: WorkerId, reason: str, now: float, retry_s: float, *, accuser: WorkerId | None = None
+    ) -> None:
+        """It couldn't hold its shard: not to be planned for, at first for `retry_s`, then for longer each time.
+
+        Or so an accuser says, whose node is believed once. When it blames again, and nobody else blames the same
+        worker, then the accuser is the one that isn't fit, and what it said before is taken back.
+        """
+        if accuser is not None and accuser != worker_id and not self._is_believed(accuser, worker_id, reason):
+            if accuser not in self.members:
+                return
+            worker_id, reason = accuser, f"blames again and again, and is alone with it: {reason}"
         member = self.members[worker_id]
         member.unfit_reason = reason
         member.num_unfit += 1
         member.unfit_until = now + retry_s * 2 ** min(member.num_unfit - 1, 7)
+
+    def _is_believed(self, accuser: WorkerId, accused: WorkerId, reason: str) -> bool:
+        node = accuser.partition(".")[0]
+        own = self.blamed.setdefault(node, {})
+        while len(self.blamed) > MAX_BLAMERS:
+            del self.blamed[next(iter(self.blamed))]
+        agreed = {w for other, blamed in self.blamed.items() if other != node for w in blamed}
+        if not own or accused in agreed:
+            own[accused] = reason
+            return True
+        for victim in own.keys() - agreed & self.members.keys():
+            member = self.members[victim]
+            if member.unfit_reason == own[victim]:
+                member.unfit_reason, member.num_unfit = None, member.num_unfit - 1
+        return False
 
     def forgive(self, now: float) -> bool:
         """Give those another chance whose time has come: disks get emptied, sources come back. True if any."""

@@ -1,17 +1,26 @@
-"""Who asked for a newer status than there is, and gets it when there is news."""
+"""Questions about the status, answered together: at once where nobody asked lately, else at the next look.
+
+So whoever asks again and again as fast as answers come is slowed down and not cut off, and however many ask, the
+status is made twenty times a second at most.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from skynet.protocol.ids import PeerId
+from skynet.protocol.ids import PeerId, RequestId
 from skynet.protocol.messages import GetStatus
 
+logger = logging.getLogger(__name__)
+
 WAIT_S = 5.0  # without news the old status is the answer
-MAX_WAITERS = 256  # more are answered at once
+PAUSE_S = 0.05  # between two looks
+MAX_WAITERS = 256  # more are answered at once, out of the asker's allowance,
+MAX_WAITERS_PER_CLIENT = 16  # and so are more of one client's
 
 
 @dataclass(slots=True)
@@ -22,43 +31,55 @@ class _Waiter:
 
 
 class StatusNews:
-    """Counts revisions of the status: whatever it shows changed. `tell` answers a question with the present one."""
+    """Counts revisions of the status: whatever it shows changed. `describe` makes it, `tell` answers with it."""
 
-    def __init__(self, tell: Callable[[PeerId, GetStatus], None]) -> None:
+    def __init__(self, describe: Callable[[], str], tell: Callable[[PeerId, RequestId, str], object]) -> None:
         self.revision = 0
+        self._describe = describe
         self._tell = tell
-        self._changed = asyncio.Event()
+        self._woken = asyncio.Event()
         self._waiters: list[_Waiter] = []
 
     def changed(self) -> None:
         """Something that the status shows is different now."""
         self.revision += 1
-        self._changed.set()
+        self._woken.set()
 
     def ask(self, client: PeerId, question: GetStatus, now: float) -> None:
-        """Answer at once if this one doesn't know it yet, else when there is news."""
-        if question.newer_than < self.revision or len(self._waiters) >= MAX_WAITERS:
-            self._tell(client, question)
+        """Answer soon if this one doesn't know it yet, else when there is news."""
+        num_own = sum(waiter.client == client for waiter in self._waiters)
+        if num_own >= MAX_WAITERS_PER_CLIENT or len(self._waiters) >= MAX_WAITERS:
+            self._tell(client, question.request_id, self._describe())
         else:
             self._waiters.append(_Waiter(client, question, now + WAIT_S))
+            self._woken.set()
 
     def forget(self, client: PeerId) -> None:
         """It is gone."""
         self._waiters = [w for w in self._waiters if w.client != client]
 
     async def run(self) -> None:
-        """Answer those who wait for news, at most twenty times a second; until cancelled."""
+        """Answer those who wait; until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(0.5):
-                    await self._changed.wait()
+                    await self._woken.wait()
             except TimeoutError:
                 pass
-            self._changed.clear()
-            waiting, self._waiters = self._waiters, []
-            for waiter in waiting:
-                if waiter.question.newer_than < self.revision or waiter.until < time.monotonic():
-                    self._tell(waiter.client, waiter.question)
-                else:
-                    self._waiters.append(waiter)
-            await asyncio.sleep(0.05)
+            self._woken.clear()
+            try:
+                self._answer(time.monotonic())
+            except Exception:  # a bug of ours that the status shows: everything else goes on
+                logger.exception("status not told")
+            await asyncio.sleep(PAUSE_S)
+
+    def _answer(self, now: float) -> None:
+        """All who are due get the same status."""
+        due: list[_Waiter] = []
+        waiting, self._waiters = self._waiters, []
+        for waiter in waiting:
+            is_due = waiter.question.newer_than < self.revision or waiter.until < now
+            (due if is_due else self._waiters).append(waiter)
+        status = self._describe() if due else ""
+        for waiter in due:
+            self._tell(waiter.client, waiter.question.request_id, status)

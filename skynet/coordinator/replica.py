@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from skynet.coordinator.foreign import foreign_text
 from skynet.coordinator.observed import Pace
 from skynet.coordinator.planner import ReplicaPlan
 from skynet.coordinator.scheduler import Scheduler
-from skynet.errors import WorkerError
+from skynet.errors import WorkerError, foreign_text
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.messages import Abort, Discard, Link, Linked, Prepare, Prepared, PrepareFailed, ToWorker
 from skynet.protocol.plan import Epoch, StageAssignment
@@ -41,12 +40,14 @@ class ReplicaFault(WorkerError):
         suspects: frozenset[WorkerId] = frozenset(),
         *,
         is_unfit: bool = False,
+        accuser: WorkerId | None = None,
         is_loss: bool = False,
         is_expected: bool = False,
     ) -> None:
         super().__init__(reason)
         self.suspects = suspects
-        self.is_unfit = is_unfit  # the suspects can't hold their shard, as they said, or sent others nonsense
+        self.is_unfit = is_unfit  # the suspects can't hold their shard, as they said, or sent others nonsense,
+        self.accuser = accuser  # as this one says
         self.is_expected = is_expected  # they left as they should: nothing is wrong
         self.is_loss = is_loss  # the suspects are known to be gone: nobody else need be asked or blamed
 
@@ -198,7 +199,8 @@ class Replica:
                 "step failed epoch=%s step=%d worker=%s reason=%s", self.epoch, message.step, worker_id, reason
             )
             suspects = frozenset({suspect} if suspect else ())
-            self.fail(ReplicaFault(f"{worker_id}: {reason}", suspects, is_unfit=bool(suspects) and message.is_nonsense))
+            is_unfit = bool(suspects) and message.is_nonsense
+            self.fail(ReplicaFault(f"{worker_id}: {reason}", suspects, is_unfit=is_unfit, accuser=worker_id))
             return
         assignment = self.assignments[worker_id]
         expected = message.step == self.step_number - 1 and assignment.is_last and assignment.rank == 0

@@ -20,7 +20,6 @@ from skynet.coordinator.administration import Administration
 from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
-from skynet.coordinator.foreign import foreign_text
 from skynet.coordinator.instance import sole_coordinator
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.news import StatusNews
@@ -29,7 +28,7 @@ from skynet.coordinator.served import ServedModel, open_model
 from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.store import Mode, Store, Via, Visitor
-from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError
+from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError, foreign_text
 from skynet.protocol.addresses import check_host, expand_wildcards, listen_addresses, local_interfaces, plain_ip
 from skynet.protocol.admission import AdmissionListener
 from skynet.protocol.control import Switchboard
@@ -37,7 +36,7 @@ from skynet.protocol.discovery import Advertiser
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.hello import Hello, Refused, Welcome
 from skynet.protocol.identity import CurveCertificate, NodeKey, ProcessKey, SwarmKey
-from skynet.protocol.ids import PeerId, WorkerId
+from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
     TO_COORDINATOR,
     WORK_TO_COORDINATOR,
@@ -207,7 +206,7 @@ class CoordinatorServer:
         self.membership = Membership(lease_s=config.lease_s)
         self._admitted: dict[PeerId, _Admitted] = {}
         self._loop = asyncio.get_running_loop()
-        self._news = StatusNews(self._tell_status)
+        self._news = StatusNews(lambda: json.dumps(self.status()), self._answer)
         control = self._bind("control", 1)
         work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
@@ -372,7 +371,8 @@ class CoordinatorServer:
             check_may_send(admitted.role, message.kind)
             self._dispatch(peer, admitted, message)
         except SkyNetError as exc:
-            logger.warning("request refused peer=%s kind=%s reason=%s", peer, message.kind, exc)
+            reason = foreign_text(str(exc))
+            logger.warning("request refused peer=%s kind=%s reason=%s", peer, message.kind, reason)
             request_id = getattr(message, "request_id", None)
             if request_id is not None:
                 self.tell(peer, Failed(request_id=request_id, error=type(exc).__name__, text=str(exc)))
@@ -416,9 +416,9 @@ class CoordinatorServer:
             case GetStatus():
                 self._news.ask(peer, message, _now())
             case GetProfiles():
-                self._answer(peer, message.request_id, profiles(self.engine))
+                self._answer(peer, message.request_id, json.dumps(profiles(self.engine)))
             case CreateInvite() | ListInvites() | RevokeInvite() | ListNodes() | Approve() | Revoke() | Drain():
-                self._answer(peer, message.request_id, self.administration.carry_out(message))
+                self._answer(peer, message.request_id, json.dumps(self.administration.carry_out(message)))
             case Ping():
                 self.control.send(peer, Pong(nonce=message.nonce))
             case Pong():
@@ -434,10 +434,8 @@ class CoordinatorServer:
         if worker_id in self.membership.members:
             self.engine.lost(worker_id, "joined again")
         self.membership.join(worker_id, join, admitted.curve_key, admitted.seen_host, _now())
-        profile = join.profile
-        logger.info(
-            "worker joined worker=%s device=%s memory_gib=%.2f", worker_id, profile.device, profile.memory_bytes / 2**30
-        )
+        device, memory_gib = foreign_text(join.profile.device, 64), join.profile.memory_bytes / 2**30
+        logger.info("worker joined worker=%s device=%s memory_gib=%.2f", worker_id, device, memory_gib)
         self.control.send(PeerId(worker_id), Joined(lease_s=self.config.lease_s))
         if self.work.connection_of(PeerId(worker_id)) is not None and self.membership.work_linked(worker_id):
             self.engine.joined(worker_id)
@@ -492,13 +490,10 @@ class CoordinatorServer:
         """False: it isn't connected or doesn't read. The engine tells it again what belongs to an answer."""
         return self.control.send(client, message)
 
-    def _answer(self, peer: PeerId, request_id: Any, body: dict[str, Any]) -> None:
-        self.tell(peer, Answer(request_id=request_id, body=json.dumps(body)))
+    def _answer(self, peer: PeerId, request_id: RequestId, body: str) -> None:
+        self.tell(peer, Answer(request_id=request_id, body=body))
 
     # -- status
-
-    def _tell_status(self, client: PeerId, question: GetStatus) -> None:
-        self._answer(client, question.request_id, self.status())
 
     def status(self) -> dict[str, Any]:
         """What `skynet status` shows."""

@@ -9,6 +9,7 @@ from skynet.models.store.serving import ModelShelf
 from skynet.models.store.store import StoreConfig
 from skynet.protocol.bulk import BulkServer
 from skynet.protocol.sockets import Port, SocketFactory
+from skynet.protocol.toll import Toll
 
 
 class ModelSharing:
@@ -19,7 +20,9 @@ class ModelSharing:
         shelf.add(model.manifest, [model.directory] if model.directory else [])
         self.port = port.number
         self._port = factory.asynchronous(port)
-        self._server = BulkServer(self._port, shelf.open_source, on_protocol_error=factory.punish)
+        self._server = BulkServer(
+            self._port, shelf.open_source, on_protocol_error=factory.punish, toll=Toll(factory.suspend)
+        )
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -183,7 +183,9 @@ class Stepper:
         self._answers.dispatch()  # others may go on with its sequences at once
         if fault.is_unfit:  # it lives, but others can't use what it sends
             for worker_id in fault.suspects & self._membership.members.keys():
-                self._membership.mark_unfit(worker_id, str(fault), self._clock(), self._config.unfit_s)
+                self._membership.mark_unfit(
+                    worker_id, str(fault), self._clock(), self._config.unfit_s, accuser=fault.accuser
+                )
         elif not fault.is_loss:  # nobody is known to be lost: blame a silent suspect, or the requests themselves
             await self.evict_silent(fault.suspects or replica.workers)
             if replica.workers <= self._membership.members.keys():

@@ -152,7 +152,7 @@ class Transitions:
                 except ReplicaFault as fault:
                     reason = f"building ahead: {fault}"
                     if fault.is_unfit:
-                        raise ReplicaFault(reason, fault.suspects, is_unfit=True) from fault
+                        raise ReplicaFault(reason, fault.suspects, is_unfit=True, accuser=fault.accuser) from fault
                     if not fault.is_loss:  # a suspect may well be alive: only silence evicts
                         await self._stepper.evict_silent(fault.suspects or fresh.workers)
                     raise ReplicaFault(reason, is_loss=fault.is_loss) from fault

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from skynet.errors import ProtocolError
@@ -16,11 +16,11 @@ from skynet.protocol.entrance import COORDINATOR, Ticket
 from skynet.protocol.ids import PeerId
 from skynet.protocol.messages import Ping
 from skynet.protocol.sockets import AsyncPort, Received, SocketFactory
+from skynet.protocol.toll import Toll
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M")
 MAX_UNANSWERED = 2  # Pings, one after each lease of silence
-FORGET_S = 10.0  # how often peers that have been quiet are forgotten
 
 
 class LinkLost(Exception):
@@ -122,9 +122,7 @@ class Switchboard(Generic[M]):
         self._decoder = Decoder(*kinds)
         self._on_message = on_message
         self._on_refused = on_refused  # a peer sent what nobody may: close its link
-        self._on_flood = on_flood  # a peer takes more of our time than its part: keep it out for a while
-        self._allowance = allowance or Allowance()
-        self._next_forget = 0.0
+        self._toll = Toll(on_flood, allowance)
         self._is_closed = False
         self._routes: dict[PeerId, tuple[bytes, int]] = {}  # routing id, connection
 
@@ -132,20 +130,10 @@ class Switchboard(Generic[M]):
         """Hand over every message; one peer's nonsense never disturbs another, nor does its flood."""
         while True:
             received = await self._port.receive()
-            now = time.monotonic()
-            if now >= self._next_forget:
-                self._next_forget = now + FORGET_S
-                self._allowance.forget(now)
-            if self._allowance.is_overdrawn(received.peer_id, now):
-                continue  # what was queued when it was cut off
-            self._routes[received.peer_id] = (received.routing_id, received.connection)
-            began_s = time.thread_time()  # not the clock: what others do on this machine isn't the peer's doing
-            self._handle(received)
-            if self._allowance.charge(received.peer_id, time.thread_time() - began_s, now):
-                logger.warning("flooded by peer=%s, cut off for a while", received.peer_id)
-                self._on_flood(received.peer_id)
+            self._toll.charge(received.peer_id, partial(self._handle, received))
 
     def _handle(self, received: Received) -> None:
+        self._routes[received.peer_id] = (received.routing_id, received.connection)
         try:
             message, _ = self._decoder.decode([f.buffer for f in received.frames])
             self._on_message(received.peer_id, message)

@@ -61,7 +61,7 @@ from skynet.protocol.messages import (
 from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.roles import Role
 from skynet.protocol.sockets import SocketFactory
-from skynet.worker.compute import Attach, ComputeThread, Drop, Dropped, Install, LinkUp, MeasureLinks, Report
+from skynet.worker.compute import Attach, ComputeThread, Drop, Dropped, Ended, Install, LinkUp, MeasureLinks, Report
 from skynet.worker.device import device_name, lendable_bytes, measure_profile, pick_device
 from skynet.worker.loader import Loader
 from skynet.worker.machine import bindable, claimed_suffix, host_id
@@ -138,13 +138,16 @@ class Agent:
         self._loading = asyncio.Lock()
         self._bars = LoadBars(config.show_progress)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: WorkerError | None = None  # of a task that should have gone on
+        self._failed: asyncio.Future[None] = self._loop.create_future()  # a task or thread that should go on
         self._interrupts = 0
         self._is_released = False
         self._lease_s = 4.0
 
     async def run(self) -> None:
-        """Enter, serve, come back when the coordinator was lost; until released or refused for good."""
+        """Enter, serve, come back when the coordinator was lost; until released or refused for good.
+
+        Raises WorkerError as soon as a task or the compute thread has ended that should have gone on.
+        """
         logger.info("device chosen device=%s name=%s", self._device, device_name(self._device))
         memory = lendable_bytes(self._device, self._config.memory_bytes)
         self._profile = await asyncio.to_thread(measure_profile, self._device, memory, host_id())
@@ -153,7 +156,15 @@ class Agent:
         self._sharing = ChunkSharing(self._factory, bindable(self._hosts), store, self._on_bad_sender)
         self._loader = Loader(self._device, store, self._sharing, self._config.hub_endpoint)
         self._spawn(self._sharing.run(), "sharing")
-        await self._be_member_until_released()
+        membership = asyncio.create_task(self._be_member_until_released(), name="membership")
+        try:
+            await asyncio.wait({membership, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            membership.cancel()
+            await asyncio.gather(membership, return_exceptions=True)
+        if self._failed.done():
+            self._failed.result()
+        membership.result()
 
     async def close(self) -> None:
         """Stop everything; twice is fine."""
@@ -235,13 +246,10 @@ class Agent:
             Attach(ticket.endpoint("work"), ticket.endpoint("relay"), ticket.welcome.coordinator.curve_key, COORDINATOR)
         )
         self._join()
-        beating = asyncio.create_task(self._beat(), name="heartbeat")
+        beating = self._spawn(self._beat(), "heartbeat")
         try:
             while not self._is_released:
-                message = await self._link.receive()
-                if beating.done():
-                    beating.result()
-                self._on_message(message)
+                self._on_message(await self._link.receive())
         finally:
             beating.cancel()
             for epoch in list(self._loads):
@@ -264,12 +272,7 @@ class Agent:
     async def _beat(self) -> None:
         process = psutil.Process()
         while True:
-            assert self._link is not None
-            if self._failure is not None:
-                raise self._failure
-            if not self._compute.is_alive:
-                raise WorkerError("the compute thread ended, its log says why; start this worker again")
-            self._link.send(
+            self._send(
                 Heartbeat(memory_used_bytes=process.memory_info().rss, steps_done=self._compute.stats.steps_done)
             )
             await asyncio.sleep(self._lease_s / 4)
@@ -317,10 +320,13 @@ class Agent:
     def _report(self, report: Report) -> None:
         """From the compute thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closing
-            if isinstance(report, Dropped):
-                self._loop.call_soon_threadsafe(self._dropped)
-            else:
-                self._loop.call_soon_threadsafe(self._send, report)
+            match report:
+                case Dropped():
+                    self._loop.call_soon_threadsafe(self._dropped)
+                case Ended():
+                    self._loop.call_soon_threadsafe(self._fail, "the compute thread ended")
+                case _:
+                    self._loop.call_soon_threadsafe(self._send, report)
 
     # -- shards
 
@@ -424,18 +430,25 @@ class Agent:
             await asyncio.to_thread(self._loader.keep_only, [order for order, _ in self._loads.values()])
             await asyncio.to_thread(return_freed_memory)
 
-    def _spawn(self, work: object, name: str) -> None:
+    def _spawn(self, work: object, name: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
         task.set_name(name)
         self._tasks.add(task)
         task.add_done_callback(self._has_ended)
+        return task
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         """A task that failed ends the worker, with the reason: half a worker would serve nobody."""
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("task failed task=%s", task.get_name(), exc_info=exc)
-            self._failure = WorkerError(f"{task.get_name()} ended ({exc!r}), the log says why; start this worker again")
+            self._fail(f"{task.get_name()} ended ({exc!r})")
+
+    def _fail(self, what: str) -> None:
+        """`run` ends with this; the first counts."""
+        if not self._failed.done():
+            self._failed.set_exception(WorkerError(f"{what}, the log says why; start this worker again"))
+            self._failed.exception()  # seen: while closing nobody else looks
 
 
 def is_same_shard(a: StageAssignment, b: StageAssignment) -> bool:

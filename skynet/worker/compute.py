@@ -98,7 +98,12 @@ class Dropped:
     epoch: Epoch
 
 
-Report = Prepared | Linked | Aborted | ProbeReport | Dropped
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The thread ends, asked to or not; the last that the agent hears of it."""
+
+
+Report = Prepared | Linked | Aborted | ProbeReport | Dropped | Ended
 
 
 @dataclass(slots=True)
@@ -213,6 +218,7 @@ class ComputeThread:
                 while self._turn():
                     pass
         finally:
+            self._report(Ended())
             self._detach()
             self._open_channel.close()
 

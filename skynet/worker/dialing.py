@@ -42,6 +42,8 @@ class PeerDialer:
                 if port is not None:
                     pause_s = _PAUSE_S[0]
                     await self._use(port, attempt)
+            except Exception:  # whatever it is: without this task the node would never be asked again
+                logger.exception("dialing failed, trying again peer=%s", self._info.peer_id)
             finally:
                 attempt.close()
             await asyncio.sleep(pause_s)

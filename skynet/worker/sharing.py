@@ -18,6 +18,7 @@ from skynet.protocol.bulk import BulkClient, BulkServer
 from skynet.protocol.ids import PeerId
 from skynet.protocol.messages import PeerInfo
 from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.toll import Toll
 from skynet.worker.dialing import PeerDialer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class ChunkSharing:
         port = factory.bind_router("bulk", hosts)
         self.port = port.number
         self._port = factory.asynchronous(port)
-        self._server = BulkServer(self._port, self._shelf.open_source, on_protocol_error=factory.punish)
+        self._server = BulkServer(
+            self._port, self._shelf.open_source, on_protocol_error=factory.punish, toll=Toll(factory.suspend)
+        )
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -115,6 +115,24 @@ def test_new_node_waits_for_approval_and_is_let_in_after_it(tmp_path: Path) -> N
     asyncio.run(main())
 
 
+def test_who_asks_again_and_again_is_refused_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with world(tmp_path, Mode.APPROVE) as swarm:
+            for _ in range(3):
+                with pytest.raises(AwaitingApproval):
+                    await swarm.ask(applicant(node))
+            with pytest.raises(AwaitingApproval):
+                await swarm.ask(applicant(other))
+
+    node, other = NodeKey.generate(), NodeKey.generate()
+    with caplog.at_level("DEBUG", logger="skynet.protocol.admission"):
+        asyncio.run(main())
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if r.getMessage().startswith("node refused")]
+    assert [level for level, _ in told] == ["INFO", "DEBUG", "DEBUG", "INFO"]
+    assert node.node_id[:8] in told[0][1]
+    assert other.node_id[:8] in told[-1][1]
+
+
 def test_client_is_not_made_a_worker_by_its_invite(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, Mode.INVITE) as swarm:

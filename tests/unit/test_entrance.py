@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -120,5 +121,23 @@ def test_a_process_comes_back_to_its_own_swarm_only(tmp_path: Path) -> None:
         async with swarm_at(0, HOME, "renamed") as own:
             ticket = await come(tmp_path, own.port, swarm="home", swarm_key=HOME.public_key)
             assert ticket.swarm_key == HOME.public_key
+
+    asyncio.run(main())
+
+
+def test_pins_of_a_version_that_knew_no_addresses_still_count(tmp_path: Path) -> None:
+    async def main() -> None:
+        port = await known_port(tmp_path)
+        file = tmp_path / "pins.json"
+        file.write_text(
+            json.dumps([{k: pin[k] for k in ("name", "key", "first_seen")} for pin in json.loads(file.read_text())])
+        )
+        async with swarm_at(port, OTHER) as impostor:
+            with pytest.raises(DiscoveryError, match=f"{OTHER.fingerprint}.*{HOME.fingerprint}.*pins.json"):
+                await come(tmp_path, port, swarm="home")
+            assert impostor.stats.welcomed == 0
+        async with swarm_at(port, HOME):
+            assert not (await come(tmp_path, port)).is_first_visit
+        assert [pin.addresses for pin in Pins(tmp_path).all()] == [(f"{HOST}:{port}",)]
 
     asyncio.run(main())

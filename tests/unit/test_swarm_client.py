@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from skynet.client.admin import command, has_own_coordinator
 from skynet.client.swarm import ClientConfig, Completion, Swarm, _put
+from skynet.coordinator.news import MAX_WAITERS_PER_CLIENT
 from skynet.coordinator.planner import PlannerConfig
 from skynet.coordinator.served import open_model
-from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer
+from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer, _Admitted
 from skynet.errors import ConfigError, RequestFailed, SkyNetError
+from skynet.protocol.allowance import Allowance
 from skynet.protocol.control import LinkLost
-from skynet.protocol.ids import PeerId, RequestId
+from skynet.protocol.identity import ProcessKey
+from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.invites import decode_invite
-from skynet.protocol.messages import ChatMessage, CreateInvite, Finished, Notice, Submit, ToClient, Tokens
+from skynet.protocol.messages import (
+    BadChunk,
+    ChatMessage,
+    CreateInvite,
+    Finished,
+    Join,
+    Notice,
+    Submit,
+    ToClient,
+    Tokens,
+)
+from skynet.protocol.profile import WorkerProfile
+from skynet.protocol.roles import Role
 
 Act = Callable[[CoordinatorServer, ClientConfig], Awaitable[None]]
 
@@ -91,6 +108,77 @@ def test_bug_that_one_client_meets_disturbs_no_other(
             await other.status()
 
     play(act)
+
+
+def test_client_that_asks_for_the_status_without_pause_is_slowed_down_and_not_cut_off(
+    play: Callable[[Act], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A status of a large swarm takes long to make; here 20 ms."""
+
+    def describe_much(server: CoordinatorServer, revision: int) -> dict[str, Any]:
+        until_s = time.thread_time() + 0.02
+        while time.thread_time() < until_s:
+            pass
+        return {"revision": revision}
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        monkeypatch.setattr("skynet.coordinator.server.describe", describe_much)
+        server.control._toll._allowance = Allowance(share=0.1, burst_s=0.1)
+        async with Swarm(config) as eager:
+            for _ in range(12):
+                await eager.status()
+            assert not server.factory.registry._suspended
+
+    play(act)
+
+
+def test_clients_that_ask_together_get_one_status_and_a_flood_of_questions_is_paid_by_who_sends_it(
+    play: Callable[[Act], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        made: list[int] = []
+
+        def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
+            made.append(revision)
+            return {}
+
+        monkeypatch.setattr("skynet.coordinator.server.describe", describe)
+        async with Swarm(config) as one, Swarm(config) as other:
+            await one.status()  # from now on questions wait for the next look
+            made.clear()
+            await asyncio.gather(*(swarm.status() for swarm in (one, other) for _ in range(MAX_WAITERS_PER_CLIENT)))
+            assert len(made) <= 3
+            made.clear()
+            await asyncio.gather(*(one.status() for _ in range(4 * MAX_WAITERS_PER_CLIENT)))
+            assert len(made) > 2 * MAX_WAITERS_PER_CLIENT
+
+    play(act)
+
+
+def test_what_a_worker_says_of_its_device_and_of_chunks_is_logged_in_one_bounded_line(
+    play: Callable[[Act], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    forged = "cpu\n2026 INFO all is well \x1b[2J" + "x" * 5000
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as somebody:
+            await somebody.status()
+        worker_id, key = WorkerId("w" * 26 + ".a"), ProcessKey.generate().public
+        profile = WorkerProfile(
+            device=forged, device_name=forged, threads=1, memory_bytes=1 << 30,
+            weight_bytes_per_s={"bfloat16": 1e9}, matmul_flops_per_s={"bfloat16": 1e11},
+        )  # fmt: skip
+        join = Join(profile=profile, hosts=("127.0.0.1",), data_port=1, bulk_port=2, pid=1)
+        admitted = _Admitted(Role.WORKER, key, "127.0.0.1", 0.0)
+        server._admitted[PeerId(worker_id)] = admitted
+        server._on_control(PeerId(worker_id), join)
+        server._on_control(PeerId(worker_id), BadChunk(peer=PeerId(forged), chunk=forged))
+
+    with caplog.at_level("INFO", logger="skynet.coordinator.server"):
+        play(act)
+    told = [r.getMessage() for r in caplog.records if "worker=w" in r.getMessage() or "by=w" in r.getMessage()]
+    assert [message.split(" ")[:2] for message in told] == [["worker", "joined"], ["bad", "chunk"]]
+    assert all(message.isprintable() and len(message) < 400 for message in told)
 
 
 def test_client_asks_again_when_tokens_are_missing(play: Callable[[Act], None]) -> None:

@@ -24,6 +24,7 @@ from skynet.protocol.bulk.messages import (
 from skynet.protocol.bulk.sources import BulkSink, BulkSource
 from skynet.protocol.ids import PeerId
 from skynet.protocol.sockets import Received
+from skynet.protocol.toll import Toll
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,14 @@ class BulkServer:
         *,
         config: BulkConfig | None = None,
         on_protocol_error: Callable[[PeerId], None] | None = None,
+        toll: Toll | None = None,
     ) -> None:
         self._port = port
         self._open_source = open_source
         self._open_sink = open_sink
         self._config = config or BulkConfig()
         self._on_protocol_error = on_protocol_error
+        self._toll = toll
         self._decoder = server_decoder()
         self._transfers: dict[Key, _Transfer] = {}
 
@@ -72,18 +75,24 @@ class BulkServer:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 received = await self._port.receive()
-                try:
-                    self._handle(received, tasks)
-                except ProtocolError as exc:
-                    logger.warning("bulk message refused peer=%s reason=%s", received.peer_id, exc)
-                    if self._on_protocol_error is not None:
-                        self._on_protocol_error(received.peer_id)
+                if self._toll is None:
+                    self._take_message(received, tasks)
+                else:
+                    self._toll.charge(received.peer_id, partial(self._take_message, received, tasks))
 
     def drop_peer(self, peer_id: PeerId) -> None:
         """End every transfer of a peer that is gone or no longer welcome."""
         for transfer in list(self._transfers.values()):
             if transfer.peer_id == peer_id:
                 transfer.flow.fail(TransferFailed(f"{peer_id} is gone", "cancelled"))
+
+    def _take_message(self, received: Received, tasks: asyncio.TaskGroup) -> None:
+        try:
+            self._handle(received, tasks)
+        except ProtocolError as exc:
+            logger.warning("bulk message refused peer=%s reason=%s", received.peer_id, exc)
+            if self._on_protocol_error is not None:
+                self._on_protocol_error(received.peer_id)
 
     def _handle(self, received: Received, tasks: asyncio.TaskGroup) -> None:
         message, tensors = self._decoder.decode([frame.buffer for frame in received.frames])

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -24,7 +25,8 @@ from skynet.coordinator.membership import Membership
 from skynet.coordinator.planner import Layout, PlannerConfig, plan, plan_as_dict
 from skynet.coordinator.replica import Phase
 from skynet.coordinator.served import ServedModel, open_model
-from skynet.coordinator.status import profiles
+from skynet.coordinator.server import CoordinatorServer
+from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.waiting import state_of
 from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
@@ -913,22 +915,116 @@ def test_a_worker_that_leaves_as_it_should_is_no_warning(model: ServedModel, cap
     assert not [message for level, message in said if level == "WARNING" and "not enough" not in message]
 
 
+FORGED = "disk full\n2026 INFO all is well \x1b[2J" + "x" * 5000
+
+
+def one_bounded_line(text: str) -> bool:
+    return "disk full 2026" in text and text.isprintable() and len(text) < 1200
+
+
 def test_what_a_worker_says_reaches_log_and_status_in_one_bounded_line(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         stage.loading.add(WorkerId("w" * 26 + ".a"))
         worker_id = stage.join("a")
         await until(lambda: bool(stage.engine.fleet.preparing))
         (replica,) = stage.engine.fleet.preparing
-        reason = "disk full\n2026 INFO all is well \x1b[2J" + "x" * 5000
-        stage.engine.on_worker(worker_id, PrepareFailed(epoch=replica.epoch, reason=reason))
+        stage.engine.on_worker(worker_id, PrepareFailed(epoch=replica.epoch, reason=FORGED))
         member = stage.engine.membership.members[worker_id]
         await until(lambda: member.unfit_reason is not None)
         assert member.unfit_reason is not None
-        assert member.unfit_reason.isprintable()
-        assert "disk full 2026" in member.unfit_reason
-        assert len(member.unfit_reason) < 1100
+        assert one_bounded_line(member.unfit_reason)
 
     play(model, act, layout=None)
+
+
+def test_what_a_worker_says_of_a_failed_step_is_logged_in_one_bounded_line(
+    model: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        replica = stage.engine.replicas[0]
+        stage.engine.on_step(stage.serving()[0], StepFailed(epoch=replica.epoch, step=0, reason=FORGED))
+        await until(lambda: bool(stage.serving()) and replica not in stage.engine.replicas)
+
+    play(model, act)
+    told = [r.getMessage() for r in caplog.records if "disk full" in r.getMessage()]
+    assert {message.split(" epoch=")[0] for message in told} == {"step failed", "replica broken"}
+    assert all(one_bounded_line(message) for message in told)
+
+
+def test_whom_a_worker_says_it_cannot_reach_is_logged_in_one_bounded_line(
+    model: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(stage: Stage) -> None:
+        stage.loading.add(WorkerId("w" * 26 + ".a"))
+        worker_id = stage.join("a")
+        await until(lambda: bool(stage.engine.fleet.preparing))
+        (replica,) = stage.engine.fleet.preparing
+        stage.engine.on_worker(worker_id, Linked(epoch=replica.epoch, unreachable=(PeerId(FORGED),)))
+        await until(lambda: replica not in stage.engine.fleet.preparing)
+
+    play(model, act, layout=None)
+    told = [r.getMessage() for r in caplog.records if "disk full" in r.getMessage()]
+    assert told
+    assert all(one_bounded_line(message) for message in told)
+
+
+def test_nonsense_while_a_cache_is_built_ahead_leaves_its_sender_out_and_the_old_epoch_serving(
+    model: ServedModel,
+) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        client = stage.ask("one", max_tokens=300)
+        await until(lambda: len(client.token_ids) > 3)
+        (old,) = stage.engine.replicas
+        leaver, stayer = stage.serving()
+        late = stage.join("late")
+        stage.engine.drain(leaver)
+
+        def at_step(_: int, moment: str) -> None:
+            step = stage.steps[-1]
+            fresh = next((r for r in stage.engine.fleet.preparing if r.epoch == step.epoch), None)
+            if moment == "sent" and fresh is not None and late in fresh.workers:
+                told = StepFailed(epoch=step.epoch, step=step.step, reason="7 bytes", suspect=late, is_nonsense=True)
+                stage.engine.on_step(stayer, told)
+
+        stage.at_step = at_step
+        member = stage.engine.membership.members[late]
+        await until(lambda: member.unfit_reason is not None)
+        assert "building ahead" in str(member.unfit_reason)
+        assert "7 bytes" in str(member.unfit_reason)
+        assert stage.engine.replicas == [old]
+        stage.join("spare")
+        await until(lambda: client.end is not None)
+        assert isinstance(client.end, Finished)
+        assert late not in stage.serving()
+        await stage.nothing_is_left_over()
+
+    play(model, act)
+
+
+def test_status_shows_what_a_worker_serves_with_while_it_loads_something_else_beside(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        leaver, stayer = stage.serving()
+        stage.loading.add(stayer)
+        stage.join("late")
+        stage.engine.drain(leaver)
+        await until(lambda: bool(stage.engine.fleet.preparing))
+        (fresh,) = stage.engine.fleet.preparing
+        stage.engine.on_worker(stayer, Prepared(epoch=fresh.epoch, weight_bytes=90, kv_bytes=91))
+        server = SimpleNamespace(
+            engine=stage.engine,
+            model=model,
+            membership=stage.engine.membership,
+            config=SimpleNamespace(name="played"),
+            swarm_key=SimpleNamespace(fingerprint=""),
+            gatekeeper=SimpleNamespace(mode="lan"),
+        )
+        told = {w["id"]: w for w in describe(cast(CoordinatorServer, server), 0)["workers"]}
+        assert (told[stayer]["weight_bytes"], told[stayer]["kv_bytes"]) == (1, 1)
+
+    play(model, act)
 
 
 LONG = "a time and " * 450  # more characters than are read at once

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zmq
 
 from skynet.models.checkpoint import build_manifest
 from skynet.models.manifest import Manifest
 from skynet.models.store.store import StoreConfig
+from skynet.protocol.allowance import Allowance
+from skynet.protocol.bulk.flow import frames_of
+from skynet.protocol.bulk.messages import BulkCredit
 from skynet.protocol.ids import PeerId
 from skynet.protocol.messages import PeerInfo
-from skynet.protocol.sockets import SocketFactory
+from skynet.protocol.sockets import Port, SocketFactory
 from skynet.worker.sharing import ChunkSharing
 
 from .links import socket_factory
@@ -145,5 +151,48 @@ def test_sources_that_are_no_longer_named_are_let_go(play: Play) -> None:
         assert len(pair.ours.links()) == 1
         await pair.ours.use_sources([])
         assert pair.ours.links() == []
+
+    play(act)
+
+
+def test_dialing_that_fails_in_an_unforeseen_way_is_told_and_tried_again(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(pair: Pair) -> None:
+        dial, num_calls = pair.near.connect_dealer, itertools.count()
+
+        def fail_once(*args: Any, **kwargs: Any) -> Port:
+            if next(num_calls) == 0:
+                raise OSError("too many open files")
+            return dial(*args, **kwargs)
+
+        monkeypatch.setattr(pair.near, "connect_dealer", fail_once)
+        pair.let_in()
+        await pair.use(["127.0.0.1"])
+        await pair.fetch(0)
+
+    play(act)
+    assert "dialing failed, trying again peer=other.0" in caplog.text
+
+
+def test_flood_of_bulk_messages_keeps_its_sender_out_for_a_while(play: Play) -> None:
+    def flood(pair: Pair, port: Port) -> None:
+        frames = frames_of(BulkCredit(transfer=1, credit=1))
+        while not pair.far.registry._suspended:
+            if port.socket.poll(10, zmq.POLLOUT):
+                port.socket.send_multipart(frames, zmq.NOBLOCK)
+
+    async def act(pair: Pair) -> None:
+        pair.let_in()
+        await pair.use(["127.0.0.1"])
+        await pair.fetch(0)
+        assert pair.theirs._server._toll is not None
+        pair.theirs._server._toll._allowance = Allowance(share=0.1, burst_s=0.05)
+        port = pair.near.connect_dealer(f"tcp://127.0.0.1:{pair.theirs.port}", pair.far.public_key, OTHER)
+        try:
+            await asyncio.to_thread(flood, pair, port)
+            assert set(pair.far.registry._suspended) == {ME}
+        finally:
+            port.close()
 
     play(act)
