@@ -25,7 +25,7 @@ from skynet.protocol.lane import Lane, LaneEnded
 from skynet.protocol.links import DirectPath, PathName
 from skynet.protocol.pings import MAX_ECHO_BYTES, Pings, Probed
 from skynet.protocol.plan import Epoch
-from skynet.protocol.reception import Arrival, Reception
+from skynet.protocol.reception import Reception, Wanted
 from skynet.protocol.sockets import SocketFactory
 from skynet.protocol.spin import Spinner
 from skynet.protocol.wakeups import Note, Wakeups
@@ -229,12 +229,10 @@ class DataChannel:
         payload = self._inbox.pop(peer_id, header)
         if payload is not None:
             return payload
-        return self._receive({(peer_id, header): tag}, epoch, deadline).payload
-
-    def recv_any(self, wanted: Collection[tuple[PeerId, Tag]], epoch: Epoch, deadline: float) -> Arrival:
-        """Whichever of these comes first. Raises WorkerTimeout, StepAborted, WorkerLost (of any of them)."""
-        headers = {(peer_id, data_header(epoch, tag)): tag for peer_id, tag in wanted}
-        return self._reception.pop_any(headers) or self._receive(headers, epoch, deadline)
+        payload = self._receive((peer_id, header), epoch, deadline)
+        if payload is None:
+            raise WorkerTimeout(f"peer {peer_id}: nothing came for epoch {epoch} {tag} before the deadline")
+        return payload
 
     def wait(self, sockets: Sequence[zmq.Socket[bytes]], deadline: float) -> list[zmq.Socket[bytes]]:
         """Which of these other sockets of this thread can be read; none at the deadline or after `wake`.
@@ -286,8 +284,10 @@ class DataChannel:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _receive(self, wanted: dict[tuple[PeerId, bytes], Tag], epoch: Epoch, deadline: float) -> Arrival:
-        polled, is_lost = self._reception.sockets_of(wanted)
+    def _receive(self, wanted: Wanted, epoch: Epoch, deadline: float) -> memoryview | None:
+        """None: it didn't come in time."""
+        peer_id = wanted[0]
+        polled, is_lost = self._reception.sockets_of(peer_id)
         spin_until = self._spinner.begin(time.monotonic()) if len(polled) > 2 else 0.0  # ZeroMQ's thread needs a core
         is_blocking = False
         while True:
@@ -296,18 +296,15 @@ class DataChannel:
                 is_blocking = True
                 if spin_until:
                     self._spinner.miss()
-            arrival = self._reception.poll(deadline if is_blocking and not is_lost else 0.0, wanted, polled)[2]
-            if arrival is not None:
+            payload = self._reception.poll(deadline if is_blocking and not is_lost else 0.0, wanted, polled)[2]
+            if payload is not None:
                 if spin_until and not is_blocking:
                     self._spinner.hit()
-                return arrival
+                return payload
             if is_lost:  # what was there already has been taken
-                for peer_id, _ in wanted:
-                    self._links.path(peer_id)
+                self._links.path(peer_id)
             if not is_blocking:
                 _yield_core()  # whoever else needs this core comes first
             if is_blocking and time.monotonic() >= deadline:
-                names = ", ".join(sorted({str(p) for p, _ in wanted}))
-                tag = next(iter(wanted.values()))
-                raise WorkerTimeout(f"peer {names}: nothing came for epoch {epoch} {tag} before the deadline")
-            polled, is_lost = self._reception.sockets_of(wanted)
+                return None
+            polled, is_lost = self._reception.sockets_of(peer_id)

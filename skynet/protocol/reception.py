@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final
 
 import zmq
 from zmq.backend import zmq_poll
@@ -19,7 +19,6 @@ from skynet.errors import ProtocolError
 from skynet.protocol.data_frame import (
     DataFrame,
     FrameType,
-    Tag,
     control_header,
     epoch_of,
     split,
@@ -42,12 +41,7 @@ _NOBLOCK: Final = int(zmq.NOBLOCK)
 MAX_RETIRED: Final = 1024  # epochs whose late frames are still recognised
 
 
-class Arrival(NamedTuple):
-    """What `recv_any` found. The payload stays valid as long as it is referenced."""
-
-    peer_id: PeerId
-    tag: Tag
-    payload: memoryview
+Wanted = tuple[PeerId, bytes]  # who sends it, under which header
 
 
 def _direct_path(port: Port, received: Received) -> DirectPath:
@@ -141,32 +135,22 @@ class Reception:
 
     # -- waiting and reading -------------------------------------------------------------------------------------------
 
-    def sockets_of(self, wanted: Iterable[tuple[PeerId, bytes]]) -> tuple[list[tuple[Any, int]], bool]:
-        """What to poll for these peers' frames, and whether one of the peers is lost."""
-        sockets, is_lost = [self._wakeups.receiver], False
-        lanes = []
-        for peer_id, _ in wanted:
-            link = self.links.get(peer_id)
-            if link is None or not link.is_established:
-                is_lost = True
-            else:
-                assert link.path is not None
-                socket = link.path.port.socket
-                if socket not in sockets:
-                    sockets.append(socket)
-                lane = self.lanes.get(peer_id)
-                if lane is not None:
-                    lanes.append(polled_lane(lane))
-        if is_lost:
+    def sockets_of(self, peer_id: PeerId) -> tuple[list[tuple[Any, int]], bool]:
+        """What to poll for this peer's frames, and whether it is lost."""
+        link = self.links.get(peer_id)
+        if link is None or not link.is_established:
             return self._polled_all(), True
-        return [*lanes, *[(socket, _POLLIN) for socket in sockets]], False
+        assert link.path is not None
+        polled = [(self._wakeups.receiver, _POLLIN), (link.path.port.socket, _POLLIN)]
+        lane = self.lanes.get(peer_id)
+        return polled if lane is None else [polled_lane(lane), *polled], False
 
     def _polled_all(self) -> list[tuple[Any, int]]:
         return [*self._polled, *self.lanes.polled()]
 
     def pump(self, until: float) -> tuple[list[zmq.Socket[bytes]], bool]:
         """Serve links until something happened; which guests were ready, and whether `wake` was called."""
-        guests, was_woken, _ = self.poll(until, {}, self._polled_all())
+        guests, was_woken, _ = self.poll(until, None, self._polled_all())
         now = time.monotonic()
         for link in self.links.all():
             self._advance(link, now)
@@ -175,10 +159,13 @@ class Reception:
     def poll(
         self,
         until: float,
-        wanted: dict[tuple[PeerId, bytes], Tag],
+        wanted: Wanted | None,
         polled: list[tuple[Any, int]],
-    ) -> tuple[list[zmq.Socket[bytes]], bool, Arrival | None]:
-        """Wait once, then read at most one message per ready socket: asking again is cheaper than reading on."""
+    ) -> tuple[list[zmq.Socket[bytes]], bool, memoryview | None]:
+        """Wait once, then read at most one message per ready socket: asking again is cheaper than reading on.
+
+        Returns the guests that are ready, whether `wake` was called, and the payload that is wanted if it has come.
+        """
         timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000)) if until else 0
         if self._relay is not None and self._relay.flush():
             timeout_ms = min(timeout_ms, 2)
@@ -200,16 +187,8 @@ class Reception:
                 found = self._read(self._ports[socket], wanted)
         if has_notes and found is None:
             was_woken = self._read_notes()
-            found = self.pop_any(wanted)
+            found = None if wanted is None else self._inbox.pop(*wanted)
         return guests, was_woken, found
-
-    def pop_any(self, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
-        """One of these from the inbox, None if none has come."""
-        for (peer_id, header), tag in wanted.items():
-            payload = self._inbox.pop(peer_id, header)
-            if payload is not None:
-                return Arrival(peer_id, tag, payload)
-        return None
 
     def _advance(self, link: Link, now: float) -> None:
         try:
@@ -217,7 +196,7 @@ class Reception:
         except zmq.ZMQError as exc:
             logger.debug("link not ready peer=%s reason=%s", link.peer_id, exc)
 
-    def _read(self, port: Port, wanted: dict[tuple[PeerId, bytes], Tag]) -> Arrival | None:
+    def _read(self, port: Port, wanted: Wanted | None) -> memoryview | None:
         """Take one message from a socket that has one; returned if it is wanted, else handled or kept."""
         received = port.receive(_NOBLOCK)
         if received is None:
@@ -235,9 +214,8 @@ class Reception:
             if frame.type != FrameType.DATA:
                 self._control(peer_id, path or _direct_path(port, received), frame)
                 return None
-            tag = wanted.get((peer_id, frame.header))
-            if tag is not None:
-                return Arrival(peer_id, tag, frame.payload)
+            if (peer_id, frame.header) == wanted:
+                return frame.payload
             self._keep(peer_id, frame)
         except RelayedGarbage as exc:
             link = self.links.get(exc.peer_id)
@@ -247,10 +225,8 @@ class Reception:
             self._refuse(peer_id, exc)
         return None
 
-    def _read_lane(
-        self, lane: Lane, wanted: dict[tuple[PeerId, bytes], Tag], found: Arrival | None = None
-    ) -> Arrival | None:
-        """Take what came by a lane; the first wanted frame is returned, unless `found` is there already."""
+    def _read_lane(self, lane: Lane, wanted: Wanted | None, found: memoryview | None = None) -> memoryview | None:
+        """Take what came by a lane; the wanted frame is returned, or `found` if it is there already."""
         peer_id = self.lanes.peer_of(lane)
         if peer_id is None:
             return found
@@ -260,9 +236,8 @@ class Reception:
             if not self._factory.registry.is_allowed(peer_id, DATA_DOMAIN):
                 return found
             for frame in frames:
-                tag = wanted.get((peer_id, frame.header)) if found is None else None
-                if tag is not None:
-                    found = Arrival(peer_id, tag, frame.payload)
+                if found is None and (peer_id, frame.header) == wanted:
+                    found = frame.payload
                 elif frame.type == FrameType.DATA:
                     self._keep(peer_id, frame)
                 elif frame.type in (FrameType.PING, FrameType.PONG):
@@ -303,11 +278,11 @@ class Reception:
         """Take everything that has arrived: what a lost peer sent before it went still counts."""
         for lane in self.lanes.all():
             while self.lanes.peer_of(lane) is not None and zmq_poll([(lane.descriptor, _POLLIN)], 0):
-                self._read_lane(lane, {})
+                self._read_lane(lane, None)
         for socket, port in list(self._ports.items()):
             while not socket.closed:
                 try:
-                    self._read(port, {})
+                    self._read(port, None)
                 except zmq.Again:
                     break
 

@@ -317,20 +317,6 @@ def test_wait_returns_for_a_guest_socket_and_for_wake(make: Callable[..., Side])
     far.close()
 
 
-def test_recv_any_takes_whichever_comes_first(make: Callable[..., Side]) -> None:
-    a, b, c = sides = [make("a.cpu"), make("b.cpu"), make("c.cpu")]
-    introduce(sides)
-    link(a, c)
-    link(b, c)
-    wanted = [(a.peer_id, TAG), (b.peer_id, TAG)]
-    waiting = c.run(lambda: c.channel.recv_any(wanted, EPOCH, time.monotonic() + 5))
-    send(b, c, b"from b")
-    arrival = waiting.result(5)
-    assert (arrival.peer_id, bytes(arrival.payload)) == (b.peer_id, b"from b")
-    send(a, c, b"from a")
-    assert c.run(lambda: bytes(c.channel.recv_any(wanted, EPOCH, time.monotonic() + 5).payload)).result(5) == b"from a"
-
-
 def test_peer_that_fills_its_inbox_loses_its_link_alone(make: Callable[..., Side]) -> None:
     a, b = make("a.cpu"), make("b.cpu")
     c = make("c.cpu", ChannelConfig(max_inbox_bytes=100_000))
