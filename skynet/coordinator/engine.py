@@ -10,11 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from skynet.coordinator.answers import Answers, Tell
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.fleet import Fleet
 from skynet.coordinator.leases import LeaseTable
+from skynet.coordinator.machines import held_bytes, lent_bytes
 from skynet.coordinator.membership import Membership, WorkerState
 from skynet.coordinator.observed import Observations
 from skynet.coordinator.planner import Plan, plan
@@ -131,6 +133,12 @@ class Engine:
     def num_queued(self) -> int:
         """Sequences that no replica can run."""
         return len(self.fleet.queue)
+
+    def lent_bytes(self, remembered: Plan | None = None) -> dict[WorkerId, int]:
+        """What each member lends, others on its machine considered."""
+        before = remembered or self.plan
+        held = (*(before.replicas if before else ()), *(replica.plan for replica in self.fleet.all))
+        return lent_bytes(self.membership, held_bytes(held))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -273,13 +281,11 @@ class Engine:
         joins = {worker_id: members[worker_id].join for worker_id in self.membership.usable()}
         return {w: Returned(join.held, join.profile.memory_bytes) for w, join in joins.items() if join.held is not None}
 
-    def _held_plan(self) -> Plan | None:
-        """What workers hold: what serves, or the weights that are left of it."""
-        if self.replicas:
+    def _remembered(self) -> Plan | None:
+        """The plan under which workers got what they hold."""
+        if self.plan or self.replicas:
             return self.plan
-        held = self.plan or plan_in_force(self.model.spec, self.model.ref.digest, self.config.planner, self._returned())
-        memory_bytes = {w: profile.memory_bytes for w, profile in self.membership.usable().items()}
-        return None if held is None else without_cache(held, memory_bytes)
+        return plan_in_force(self.model.spec, self.model.ref.digest, self.config.planner, self._returned())
 
     async def _carry_out_best_plan(self) -> None:
         target = await self._plan_anew()
@@ -310,8 +316,13 @@ class Engine:
         if not usable:
             unfit = [m.unfit_reason for m in self.membership.members.values() if m.unfit_reason is not None]
             raise CapacityError(f"no worker can hold its part: {unfit[0]}" if unfit else "no worker is there")
-        config, profiles = self.config.planner, self.observations.corrected(usable)
-        made = await asyncio.to_thread(plan, self.model.spec, profiles, self.survey.links(), config, self._held_plan())
+        current, config = self._remembered(), self.config.planner
+        lent = self.lent_bytes(current)
+        if current is not None and not self.replicas:
+            current = without_cache(current, lent)
+        claims = {w: replace(claim, memory_bytes=lent[w]) for w, claim in usable.items()}
+        profiles = self.observations.corrected(claims)
+        made = await asyncio.to_thread(plan, self.model.spec, profiles, self.survey.links(), config, current)
         if config.layout is not None and not made.layout_is_met and not self.fleet.has_served:
             raise CapacityError(
                 f"layout {config.layout} needs {config.layout.num_workers} workers, {len(usable)} are there"

@@ -13,6 +13,7 @@ from skynet.protocol.messages import Join, LoadProgress, PeerInfo
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 MAX_LINKS = 8192  # measured links we remember
+MAX_MACHINES = 4096  # of which we remember how much memory they have
 MAX_BLAMERS = 1024  # nodes of which we remember whom they blamed
 CUT_S = 15.0  # two workers that couldn't reach each other are kept apart for this long
 _HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z._-]+)?")  # names, IPv4, IPv6
@@ -51,6 +52,12 @@ class Member:
     bad_chunks: int = 0  # how often a peer caught it sending bytes that don't match their hash
 
     @property
+    def machine(self) -> str:
+        """Whose memory it shares with others that say the same; "" if that isn't known."""
+        profile = self.join.profile
+        return profile.host_id if profile.machine_bytes else ""
+
+    @property
     def peer_info(self) -> PeerInfo:
         """How its peers reach it: its own addresses first, then the one we saw."""
         hosts = tuple(host for host in dict.fromkeys((*self.join.hosts, self.seen_host)) if _HOST.fullmatch(host))
@@ -73,11 +80,16 @@ class Membership:
     measured_at: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
     cut_until: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
     blamed: dict[str, dict[WorkerId, str]] = field(default_factory=dict)  # by each node: whom, and in which words
+    machine_bytes: dict[str, int] = field(default_factory=dict)  # the most that a worker saw: others take some of it
 
     def join(self, worker_id: WorkerId, join: Join, curve_key: bytes, seen_host: str, now: float) -> Member:
         """Add a worker, or replace what an earlier process of the same worker said."""
         member = Member(worker_id=worker_id, join=join, curve_key=curve_key, seen_host=seen_host, last_heard=now)
         self.members[worker_id] = member
+        before = self.machine_bytes.pop(member.machine, 0)
+        self.machine_bytes[member.machine] = max(before, join.profile.machine_bytes)
+        while len(self.machine_bytes) > MAX_MACHINES:
+            del self.machine_bytes[next(iter(self.machine_bytes))]
         return member
 
     def remove(self, worker_id: WorkerId) -> Member | None:

@@ -158,8 +158,6 @@ def _are_alike(one: WorkerProfile, other: WorkerProfile) -> bool:
 
 def _slowed(profile: WorkerProfile, factor: float, claim: WorkerProfile) -> WorkerProfile:
     """So many times slower, but never faster than it says itself."""
-    if factor == 1.0:
-        return profile
     return replace(
         profile,
         memory_bytes=claim.memory_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
     engine, model = server.engine, server.model
     waits_for, shortage = engine.why_waiting, engine.shortage
     serving = [r for r in engine.replicas if r.phase is Phase.SERVING]
+    lent = engine.lent_bytes()
     return {
         "revision": revision,
         "name": server.config.name,
@@ -40,7 +42,10 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
         "missing_bytes": shortage.missing_bytes if shortage is not None and str(shortage) == waits_for else 0,
         "replicas": [_replica(r) for r in engine.replicas],
         "reasons": list(engine.plan.reasons) if engine.plan else [],
-        "workers": [_worker(m, engine.fleet, server.membership) for _, m in sorted(server.membership.members.items())],
+        "workers": [
+            _worker(m, lent[worker_id], engine.fleet, server.membership)
+            for worker_id, m in sorted(server.membership.members.items())
+        ],
         "leases": [
             {"id": lease.lease_id, "kind": str(lease.kind), "holder": lease.holder, "worker": lease.worker}
             for lease in engine.leases.export()
@@ -53,9 +58,9 @@ def describe(server: CoordinatorServer, revision: int) -> dict[str, Any]:
 def profiles(engine: Engine) -> dict[str, Any]:
     """Workers and links as the engine plans with them, and what it plans for: for planning elsewhere."""
     planner = engine.config.planner
-    workers = engine.observations.corrected(engine.membership.usable())
+    workers, lent = engine.observations.corrected(engine.membership.usable()), engine.lent_bytes()
     return {
-        "workers": {w: msgspec.to_builtins(p) for w, p in workers.items()},
+        "workers": {w: msgspec.to_builtins(replace(p, memory_bytes=lent[w])) for w, p in workers.items()},
         "links": [msgspec.to_builtins(link) for link in engine.survey.links()],
         "model": engine.model.ref.name,
         "dtype": engine.model.spec.dtype,
@@ -88,7 +93,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
     }
 
 
-def _worker(member: Member, fleet: Fleet, membership: Membership) -> dict[str, Any]:
+def _worker(member: Member, lent_bytes: int, fleet: Fleet, membership: Membership) -> dict[str, Any]:
     replica = next((r for r in fleet.replicas if member.worker_id in r.assignments), None)
     assignment = replica.assignments[member.worker_id] if replica else None
     profile = member.join.profile
@@ -100,7 +105,7 @@ def _worker(member: Member, fleet: Fleet, membership: Membership) -> dict[str, A
         "device": profile.device,
         "device_name": profile.device_name,
         "threads": profile.threads,
-        "memory_bytes": profile.memory_bytes,
+        "memory_bytes": lent_bytes,
         "memory_used_bytes": member.memory_used_bytes,
         "weight_bytes": held.weight_bytes,
         "kv_bytes": held.kv_bytes,

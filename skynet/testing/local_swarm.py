@@ -9,9 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
-
-import psutil
+from typing import Any, Self, TypeVar
 
 from skynet.client.swarm import ClientConfig, Completion, CompletionStream, Event, Swarm
 from skynet.coordinator.planner.config import Layout
@@ -19,7 +17,6 @@ from skynet.testing.cuts import CutError, Cuts
 from skynet.testing.processes import NodeProcess
 
 T = TypeVar("T")
-MIN_MEMORY_BYTES: Final = 1 << 30  # of a worker; where less is free, it says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +28,7 @@ class LocalSwarmConfig:
     model: str = "embedded"
     dtype: str | None = None
     threads: int = 1  # of each worker
-    memory: str | None = None  # of each worker; default: its share of 80% of what is free here
+    memory: str | None = None  # of each worker; default: its share of what is free
     context: int | None = None
     lease_s: float = 4.0
     coordinator_arguments: tuple[str, ...] = ()
@@ -61,10 +58,6 @@ class LocalSwarm:
         self.workers: dict[str, NodeProcess] = {}
         self.port = 0
         self._names = 0
-        # Workers that start at once would each lend what all of them see free.
-        self._memory_share_bytes = max(
-            psutil.virtual_memory().available * 8 // 10 // max(self.num_workers, 1), MIN_MEMORY_BYTES
-        )
         self._loop = _LoopThread()
         self._cuts: Cuts | None = None
 
@@ -127,7 +120,7 @@ class LocalSwarm:
         config = self.config
         options = ["worker", "--device", "cpu", "--name", name, "--coordinator", f"127.0.0.1:{self.port}"]
         options += ["--threads", str(config.threads), "--log-level", config.log_level]
-        options += ["--memory", config.memory or str(self._memory_share_bytes)]
+        options += ["--memory", config.memory] if config.memory else []
         self.workers[name] = self._start(name, [*options, *config.worker_arguments, *arguments], home, prefix)
         return self.workers[name]
 

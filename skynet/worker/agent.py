@@ -62,7 +62,7 @@ from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.roles import Role
 from skynet.protocol.sockets import SocketFactory
 from skynet.worker.compute import Attach, ComputeThread, Drop, Dropped, Ended, Install, LinkUp, MeasureLinks, Report
-from skynet.worker.device import device_name, lendable_bytes, measure_profile, pick_device
+from skynet.worker.device import device_name, lending, measure_profile, pick_device
 from skynet.worker.loader import Loader
 from skynet.worker.machine import bindable, claimed_suffix, host_id
 from skynet.worker.progress import LoadBars
@@ -149,8 +149,8 @@ class Agent:
         Raises WorkerError as soon as a task or the compute thread has ended that should have gone on.
         """
         logger.info("device chosen device=%s name=%s", self._device, device_name(self._device))
-        memory = lendable_bytes(self._device, self._config.memory_bytes)
-        self._profile = await asyncio.to_thread(measure_profile, self._device, memory, host_id())
+        lent = lending(self._device, self._config.memory_bytes)
+        self._profile = await asyncio.to_thread(measure_profile, self._device, lent, host_id())
         self._data_port = await asyncio.to_thread(self._compute.start)
         store = StoreConfig(cache_dir=self._config.cache_dir)
         self._sharing = ChunkSharing(self._factory, bindable(self._hosts), store, self._on_bad_sender)

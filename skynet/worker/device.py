@@ -8,19 +8,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import psutil
 import torch
 
 from skynet.errors import ConfigError
-from skynet.protocol.profile import WorkerProfile
+from skynet.protocol.profile import PROCESS_OVERHEAD_BYTES, WorkerProfile
 from skynet.worker.stage.matrix import make_matrix
 
 logger = logging.getLogger(__name__)
 
 GIB: Final = 1 << 30
-PROCESS_OVERHEAD_BYTES: Final = 350 << 20  # interpreter, torch and buffers, beside weights and KV cache
 _PASSES: Final = 3
 _VECTOR_S, _MATRIX_S, _SMALL_S = 0.024, 0.016, 0.004  # how long each thing is measured in one pass
 _LAYER_ADDITIONS: Final = 200  # as long as these one layer takes apart from its bytes: 0.2 ms where one takes 1 us
@@ -72,10 +71,19 @@ def free_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def lendable_bytes(device: torch.device, cap_bytes: int | None) -> int:
-    """What it lends for weights and KV cache: the owner's cap, or 80% of what is free, less the process itself."""
+class Lending(NamedTuple):
+    """What a worker lends for weights and KV cache: see `WorkerProfile`."""
+
+    memory_bytes: int
+    machine_bytes: int
+    shares_machine: bool
+
+
+def lending(device: torch.device, cap_bytes: int | None) -> Lending:
+    """The owner's cap, or 80% of what is free, less the process itself."""
     free = free_memory_bytes(device)
-    total = free * 8 // 10 if cap_bytes is None else min(cap_bytes, free)
+    machine = free * 8 // 10
+    total = machine if cap_bytes is None else min(cap_bytes, free)
     if cap_bytes is not None and cap_bytes > free:
         logger.warning(
             "less memory is free than --memory asks asked_gib=%.2f free_gib=%.2f", cap_bytes / GIB, free / GIB
@@ -85,10 +93,11 @@ def lendable_bytes(device: torch.device, cap_bytes: int | None) -> int:
         raise ConfigError(
             f"--memory {total / GIB:.2f}GiB: a worker's own process takes {overhead / GIB:.2f} GiB; lend more than that"
         )
-    return total - overhead
+    is_cpu = device.type == "cpu"
+    return Lending(total - overhead, machine if is_cpu else 0, is_cpu and cap_bytes is None)
 
 
-def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> WorkerProfile:
+def measure_profile(device: torch.device, lent: Lending, host_id: str) -> WorkerProfile:
     """Measure the device for about a second: matrix-vector bandwidth and matrix rate by dtype.
 
     Whatever else runs on the machine (other workers, just started and measuring too) disturbs it for moments. So all is
@@ -107,11 +116,13 @@ def measure_profile(device: torch.device, memory_bytes: int, host_id: str) -> Wo
         device=str(device),
         device_name=device_name(device)[:128],
         threads=torch.get_num_threads() if device.type == "cpu" else 1,
-        memory_bytes=memory_bytes,
+        memory_bytes=lent.memory_bytes,
         weight_bytes_per_s={name: 1 / undisturbed_s(times) for name, times in vector.items()},
         matmul_flops_per_s={name: 1 / undisturbed_s(times) for name, times in matrix.items()},
         layer_overhead_s=_LAYER_ADDITIONS * undisturbed_s(overhead),
         host_id=host_id,
+        machine_bytes=lent.machine_bytes,
+        shares_machine=lent.shares_machine,
     )
     logger.info(
         "device measured read_gb_per_s=%s gflops=%s layer_overhead_us=%.0f",

@@ -58,7 +58,13 @@ def _can_bind(host: str) -> bool:
 
 
 def host_id() -> str:
-    """The same for all workers of one machine."""
-    with contextlib.suppress(OSError):
-        return Path("/etc/machine-id").read_text(encoding="ascii", errors="replace").strip()[:32]
+    """The same for all workers that share a machine's memory, and for no others.
+
+    Copies of one disk image have the same machine-id, containers of one machine different ones: the kernel's own id
+    comes first.
+    """
+    for path in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        with contextlib.suppress(OSError):
+            if found := Path(path).read_text(encoding="ascii", errors="replace").strip()[:36]:
+                return found
     return socket.gethostname()[:64]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from skynet.client.swarm import Completion, Swarm
@@ -298,6 +299,13 @@ def test_status_shows_every_column(swarm: LocalSwarm, user: User) -> None:
         assert column in table
     assert "2x1 (serving)" in table
     assert "requests: 0 in progress, 0 waiting" in table
+
+
+def test_workers_of_one_machine_together_lend_no_more_than_it_has(swarm: LocalSwarm, user: User) -> None:
+    workers = json.loads(user.run("status", "--json").stdout)["workers"]
+    assert swarm.config.memory is None, "none was started with --memory"
+    assert 0 < sum(worker["memory_bytes"] for worker in workers) < psutil.virtual_memory().total
+    assert len({worker["memory_bytes"] for worker in workers}) == 1
 
 
 def test_watching_ends_at_an_interrupt(user: User) -> None:
