@@ -1,7 +1,7 @@
-"""Questions about the status, answered together: at once where nobody asked lately, else at the next look.
+"""Questions about the swarm, answered together: at once where nobody asked lately, else at the next look.
 
-So whoever asks again and again as fast as answers come is slowed down and not cut off, and however many ask, the
-status is made twenty times a second at most.
+So whoever asks again and again as fast as answers come is slowed down and not cut off, and however many ask, an answer
+is made twenty times a second at most.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skynet.protocol.ids import PeerId, RequestId
-from skynet.protocol.messages import GetStatus
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +25,17 @@ MAX_WAITERS_PER_CLIENT = 16  # and so are more of one client's
 @dataclass(slots=True)
 class _Waiter:
     client: PeerId
-    question: GetStatus
+    request_id: RequestId
+    answer: Callable[[], str]
+    newer_than: int
     until: float
 
 
 class StatusNews:
-    """Counts revisions of the status: whatever it shows changed. `describe` makes it, `tell` answers with it."""
+    """Counts revisions of the status: whatever it shows changed. `tell` sends an answer."""
 
-    def __init__(self, describe: Callable[[], str], tell: Callable[[PeerId, RequestId, str], object]) -> None:
+    def __init__(self, tell: Callable[[PeerId, RequestId, str], object]) -> None:
         self.revision = 0
-        self._describe = describe
         self._tell = tell
         self._woken = asyncio.Event()
         self._waiters: list[_Waiter] = []
@@ -45,13 +45,15 @@ class StatusNews:
         self.revision += 1
         self._woken.set()
 
-    def ask(self, client: PeerId, question: GetStatus, now: float) -> None:
-        """Answer soon if this one doesn't know it yet, else when there is news."""
+    def ask(
+        self, client: PeerId, request_id: RequestId, answer: Callable[[], str], now: float, newer_than: int = -1
+    ) -> None:
+        """Tell what `answer` makes: soon if the client doesn't know this revision yet, else when there is news."""
         num_own = sum(waiter.client == client for waiter in self._waiters)
         if num_own >= MAX_WAITERS_PER_CLIENT or len(self._waiters) >= MAX_WAITERS:
-            self._tell(client, question.request_id, self._describe())
+            self._tell(client, request_id, answer())
         else:
-            self._waiters.append(_Waiter(client, question, now + WAIT_S))
+            self._waiters.append(_Waiter(client, request_id, answer, newer_than, now + WAIT_S))
             self._woken.set()
 
     def forget(self, client: PeerId) -> None:
@@ -74,12 +76,12 @@ class StatusNews:
             await asyncio.sleep(PAUSE_S)
 
     def _answer(self, now: float) -> None:
-        """All who are due get the same status."""
+        """All who are due and asked the same get the same."""
         due: list[_Waiter] = []
         waiting, self._waiters = self._waiters, []
         for waiter in waiting:
-            is_due = waiter.question.newer_than < self.revision or waiter.until < now
+            is_due = waiter.newer_than < self.revision or waiter.until < now
             (due if is_due else self._waiters).append(waiter)
-        status = self._describe() if due else ""
+        texts = {answer: answer() for answer in {waiter.answer for waiter in due}}
         for waiter in due:
-            self._tell(waiter.client, waiter.question.request_id, status)
+            self._tell(waiter.client, waiter.request_id, texts[waiter.answer])

@@ -206,7 +206,7 @@ class CoordinatorServer:
         self.membership = Membership(lease_s=config.lease_s)
         self._admitted: dict[PeerId, _Admitted] = {}
         self._loop = asyncio.get_running_loop()
-        self._news = StatusNews(lambda: json.dumps(self.status()), self._answer)
+        self._news = StatusNews(self._answer)
         control = self._bind("control", 1)
         work = self._bind("work", 2)
         self.control: Switchboard[ToCoordinator] = Switchboard(
@@ -414,9 +414,9 @@ class CoordinatorServer:
             case Cancel():
                 self.engine.cancel(peer, message.request_id)
             case GetStatus():
-                self._news.ask(peer, message, _now())
+                self._news.ask(peer, message.request_id, self._status_text, _now(), message.newer_than)
             case GetProfiles():
-                self._answer(peer, message.request_id, json.dumps(profiles(self.engine)))
+                self._news.ask(peer, message.request_id, self._profiles_text, _now())
             case CreateInvite() | ListInvites() | RevokeInvite() | ListNodes() | Approve() | Revoke() | Drain():
                 self._answer(peer, message.request_id, json.dumps(self.administration.carry_out(message)))
             case Ping():
@@ -498,6 +498,12 @@ class CoordinatorServer:
     def status(self) -> dict[str, Any]:
         """What `skynet status` shows."""
         return describe(self, self._news.revision)
+
+    def _status_text(self) -> str:
+        return json.dumps(self.status())
+
+    def _profiles_text(self) -> str:
+        return json.dumps(profiles(self.engine))
 
     def announced_hosts(self) -> tuple[str, ...]:
         """Where newcomers may find us: as the owner says, then where we listen; loopback if there is nothing else."""

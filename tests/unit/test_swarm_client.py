@@ -110,23 +110,25 @@ def test_bug_that_one_client_meets_disturbs_no_other(
     play(act)
 
 
-def test_client_that_asks_for_the_status_without_pause_is_slowed_down_and_not_cut_off(
-    play: Callable[[Act], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("question", ["status", "profiles"])
+def test_client_that_asks_without_pause_is_slowed_down_and_not_cut_off(
+    play: Callable[[Act], None], monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
-    """A status of a large swarm takes long to make; here 20 ms."""
+    """What is told of a large swarm takes long to make; here 20 ms."""
 
-    def describe_much(server: CoordinatorServer, revision: int) -> dict[str, Any]:
+    def describe_much(*_: object) -> dict[str, Any]:
         until_s = time.thread_time() + 0.02
         while time.thread_time() < until_s:
             pass
-        return {"revision": revision}
+        return {}
 
     async def act(server: CoordinatorServer, config: ClientConfig) -> None:
         monkeypatch.setattr("skynet.coordinator.server.describe", describe_much)
+        monkeypatch.setattr("skynet.coordinator.server.profiles", describe_much)
         server.control._toll._allowance = Allowance(share=0.1, burst_s=0.1)
         async with Swarm(config) as eager:
-            for _ in range(12):
-                await eager.status()
+            for _ in range(10):
+                await getattr(eager, question)()
             assert not server.factory.registry._suspended
 
     play(act)
