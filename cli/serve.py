@@ -74,7 +74,8 @@ def coordinator(
     log_level: Verbosity = "info",
 ) -> None:
     set_up_logging(log_level)
-    from skynet.coordinator.server import CoordinatorConfig, serve
+    from skynet.coordinator.server import serve
+    from skynet.coordinator.server_config import CoordinatorConfig
 
     environment = Environment.read()
     try:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 from skynet import __version__
@@ -23,13 +22,14 @@ from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.instance import sole_coordinator
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.news import StatusNews
-from skynet.coordinator.planner import Layout, Objective, PlannerConfig
+from skynet.coordinator.planner import PlannerConfig
 from skynet.coordinator.served import ServedModel, open_model
+from skynet.coordinator.server_config import CoordinatorConfig
 from skynet.coordinator.sharing import ModelSharing
 from skynet.coordinator.status import describe, profiles
 from skynet.coordinator.store import Mode, Store, Via, Visitor
 from skynet.errors import ConfigError, MalformedMessage, ProtocolError, SkyNetError, foreign_text
-from skynet.protocol.addresses import check_host, expand_wildcards, listen_addresses, local_interfaces, plain_ip
+from skynet.protocol.addresses import expand_wildcards, listen_addresses, local_interfaces
 from skynet.protocol.admission import AdmissionListener
 from skynet.protocol.control import Switchboard
 from skynet.protocol.discovery import Advertiser
@@ -83,56 +83,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ABSENT_S = 60.0  # an admitted process that has no control link for this long must be admitted again
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoordinatorConfig:
-    """What to serve, to whom, and where state lies."""
-
-    model: str = "embedded"
-    name: str = "skynet"
-    dtype: str | None = None
-    objective: str = "latency"
-    layout: str | None = None
-    context_tokens: int | None = None
-    port: int = 47100
-    bind: tuple[str, ...] = ()
-    announce: tuple[str, ...] = ()  # further names or addresses for invites: of a router that forwards our ports
-    admission: str | None = None  # None: as the store remembers, `lan` at first
-    mdns: bool = True
-    database: str | None = None
-    lease_s: float = 4.0
-    config_dir: Path
-    cache_dir: Path
-    hub_endpoint: str | None = None
-
-    def check_hosts(self) -> None:
-        """Raises ConfigError naming the address that can't be listened on or announced."""
-        for host in self.announce:
-            check_host(host, "--announce")
-        own = {str(interface.ip) for interface in local_interfaces()}
-        for host in self.bind:
-            address = plain_ip(host)
-            if address is None:
-                raise ConfigError(f"--bind {host}: isn't an address; give one of {', '.join(sorted(own))}")
-            if not address.is_unspecified and not address.is_loopback and str(address) not in own:
-                raise ConfigError(
-                    f"--bind {host}: this machine hasn't that address but {', '.join(sorted(own))}; for that of a "
-                    f"router that forwards to it use --bind 0.0.0.0 --announce {host}"
-                )
-
-    def planner(self) -> PlannerConfig:
-        """Raises ConfigError naming the option."""
-        try:
-            objective = Objective(self.objective)
-        except ValueError as exc:
-            raise ConfigError(f"--objective {self.objective}: use {', '.join(Objective)}") from exc
-        layout = Layout.parse(self.layout) if self.layout else None
-        if self.context_tokens is None:
-            return PlannerConfig(objective=objective, layout=layout)
-        if self.context_tokens < 1:
-            raise ConfigError(f"--context {self.context_tokens}: at least 1 token")
-        return PlannerConfig(objective=objective, layout=layout, min_context_tokens=self.context_tokens)
 
 
 async def serve(config: CoordinatorConfig) -> None:

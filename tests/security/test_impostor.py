@@ -12,7 +12,8 @@ import pytest
 from skynet.client.swarm import ClientConfig, Swarm
 from skynet.coordinator.planner import PlannerConfig
 from skynet.coordinator.served import open_model
-from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer
+from skynet.coordinator.server import CoordinatorServer
+from skynet.coordinator.server_config import CoordinatorConfig
 from skynet.errors import DiscoveryError
 from skynet.worker.agent import Agent, WorkerConfig
 

@@ -15,7 +15,8 @@ from skynet.client.swarm import ClientConfig, Completion, Swarm, _put
 from skynet.coordinator.news import MAX_WAITERS_PER_CLIENT
 from skynet.coordinator.planner import PlannerConfig
 from skynet.coordinator.served import open_model
-from skynet.coordinator.server import CoordinatorConfig, CoordinatorServer, _Admitted
+from skynet.coordinator.server import CoordinatorServer, _Admitted
+from skynet.coordinator.server_config import CoordinatorConfig
 from skynet.errors import ConfigError, RequestFailed, SkyNetError
 from skynet.protocol.allowance import Allowance
 from skynet.protocol.control import LinkLost

@@ -12,7 +12,8 @@ import pytest
 
 from skynet.coordinator.administration import Administration
 from skynet.coordinator.instance import sole_coordinator
-from skynet.coordinator.server import CoordinatorConfig, serve
+from skynet.coordinator.server import serve
+from skynet.coordinator.server_config import CoordinatorConfig
 from skynet.errors import ConfigError
 from skynet.protocol.admin_socket import socket_path
 
