@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.fleet import Fleet
 from skynet.coordinator.reading import PromptReader, Reading, is_long
-from skynet.coordinator.replica import ReplicaFault
+from skynet.coordinator.replica import Replica, ReplicaFault
 from skynet.coordinator.requests import FinishReason, Request, RequestTable, end_of_answer, node_of
 from skynet.coordinator.scheduler import Sequence, SequenceProgress
 from skynet.coordinator.served import ServedModel
@@ -185,34 +185,50 @@ class Answers:
     # -- to replicas
 
     def dispatch(self, sequences: Iterable[Sequence] = ()) -> None:
-        """Hand these and the queue to replicas, least loaded first; what no replica can take waits in the queue."""
+        """Hand these and the queue to replicas. Without any they wait; so does what has begun and fits in none now.
+
+        What has never begun and fits in none is refused.
+        """
         self._fleet.queue.extend(sequences)
         serving = self._fleet.serving
         for sequence in self._fleet.take_queue():
             request = self.requests.by_sequence.get(sequence.sequence_id)
             if request is None:
                 continue
-            if not serving:
-                self._fleet.queue.append(sequence)
-                continue
-            replica = min(serving, key=lambda r: r.scheduler.num_sequences)
+            request.shortage = self._place(sequence, serving)
+            if not serving or (request.shortage is not None and (request.is_begun or request.num_before)):
+                self._fleet.queue.append(sequence)  # the client knows its beginning: it waits for a larger cache
+            elif request.shortage is not None:
+                self._fail(request, request.shortage)
+            else:
+                request.is_begun, request.notice = True, None
+        self._notify_waiting()
+
+    def _place(self, sequence: Sequence, serving: list[Replica]) -> CapacityError | None:
+        """Hand a sequence to the least loaded replica whose cache can ever hold it; else, what the largest lacks."""
+        shortages: list[CapacityError] = []
+        for replica in sorted(serving, key=lambda r: r.scheduler.num_sequences):
             try:
                 replica.scheduler.add(sequence)
             except CapacityError as exc:
-                self._fail(request, exc)
+                shortages.append(exc)
             else:
                 replica.wake.set()
-        self._notify_waiting()
+                return None
+        return min(shortages, key=lambda exc: exc.missing_bytes, default=None)
+
+    def needed_positions(self) -> int:
+        """The KV cache that the longest of the answers which have begun needs to come to its end; 0 without any."""
+        return max((r.sequence.max_positions for r in self.requests.by_id.values() if r.is_begun), default=0)
 
     def _notify_waiting(self) -> None:
         """Tell clients in the queue why, whenever that changes."""
-        if not self._fleet.queue or (why := self._why_waiting()) is None:
-            return
-        text = f"waiting for workers: {why}"
+        why = self._why_waiting() if self._fleet.queue else None
         for sequence in self._fleet.queue:
             request = self.requests.by_sequence.get(sequence.sequence_id)
-            if request is None:
+            if request is None or (reason := request.shortage or why) is None:
                 continue
+            text = f"waiting for workers: {reason}"
             if request.notice != text and self._tell(request.client, Notice(request_id=request.request_id, text=text)):
                 request.notice = text
 
@@ -302,5 +318,5 @@ class Answers:
         elif not is_queued:
             request.wait_until = now + request.submit.timeout_s
         elif now > request.wait_until:
-            reason = self._fleet.shortage or CapacityError("no replica became ready")
+            reason = request.shortage or self._fleet.shortage or "no replica became ready"
             self._fail(request, CapacityError(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))

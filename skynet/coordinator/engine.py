@@ -322,7 +322,14 @@ class Engine:
             current = without_cache(current, lent)
         claims = {w: replace(claim, memory_bytes=lent[w]) for w, claim in usable.items()}
         profiles = self.observations.corrected(claims)
-        made = await asyncio.to_thread(plan, self.model.spec, profiles, self.survey.links(), config, current)
+        needed = max(config.min_context_tokens, min(self.answers.needed_positions(), config.max_context_tokens))
+        inputs = (self.model.spec, profiles, self.survey.links())
+        try:  # with a cache that holds every answer which has begun
+            made = await asyncio.to_thread(plan, *inputs, replace(config, min_context_tokens=needed), current)
+        except CapacityError:
+            if needed == config.min_context_tokens:
+                raise
+            made = await asyncio.to_thread(plan, *inputs, config, current)  # those that don't fit wait
         if config.layout is not None and not made.layout_is_met and not self.fleet.has_served:
             raise CapacityError(
                 f"layout {config.layout} needs {config.layout.num_workers} workers, {len(usable)} are there"

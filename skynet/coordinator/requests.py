@@ -9,6 +9,7 @@ from typing import Literal
 
 from skynet.coordinator import scheduler
 from skynet.coordinator.text import AnswerText
+from skynet.errors import CapacityError
 from skynet.protocol.ids import PeerId, RequestId, SequenceId
 from skynet.protocol.messages import Failed, Finished, Submit, Tokens
 
@@ -29,6 +30,8 @@ class Request:
     wait_until: float  # while no replica can run it
     orphaned_at: float | None = None  # since when its client is gone
     notice: str | None = None  # the last one sent
+    is_begun: bool = False  # a replica has taken it: from then on it isn't refused, and plans leave room for it
+    shortage: CapacityError | None = None  # why it waits although replicas serve: none has cache enough for it
     num_faults: int = 0  # steps in a row that failed without a worker being lost
     texts: list[str] = field(default_factory=list)  # what each token that was sampled here added
     tail: str = ""  # what came out of the text when it ended

@@ -347,9 +347,9 @@ async def _as_coroutine(awaitable: Awaitable[None]) -> None:
     await awaitable
 
 
-async def start(stage: Stage, *names: str) -> None:
+async def start(stage: Stage, *names: str, memory_bytes: int = 1 << 30) -> None:
     for name in names:
-        stage.join(name)
+        stage.join(name, memory_bytes)
     await until(lambda: bool(stage.serving()))
 
 
