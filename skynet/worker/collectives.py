@@ -1,7 +1,12 @@
-"""What the ranks of one tensor-parallel group exchange, and the forms that gradients can pass through."""
+"""What the ranks of one tensor-parallel group exchange, and the forms that gradients can pass through.
+
+Backward passes exchange too. So that every rank makes the same calls, a rank without a part returns `no_part` instead
+of plain zeros, and the hidden states that enter a stage need gradients on all ranks or on none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +88,20 @@ class _CopyToRanks(torch.autograd.Function):
         return ctx.group.all_reduce(grads[0].contiguous().clone()), None
 
 
+class _BroadcastFromFirst(torch.autograd.Function):
+    """Forward: rank 0's `x`. Backward: rank 0's `x` gets the sum of every rank's gradient, since each used a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor | None, group: Collective, like: Tensor) -> Tensor:
+        ctx.group = group
+        return group.broadcast(x, root=0, like=like).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
+        total = ctx.group.all_reduce(grads[0].contiguous().clone())
+        return None, total if ctx.group.rank == 0 else None, None, None
+
+
 def sum_over_ranks(x: Tensor, group: Collective) -> Tensor:
     """`all_reduce` where a row-parallel matrix ends; differentiable when gradients are recorded."""
     if group.size == 1:
@@ -97,6 +116,36 @@ def copy_to_ranks(x: Tensor, group: Collective) -> Tensor:
     if group.size == 1 or not (torch.is_grad_enabled() and x.requires_grad):
         return x
     return _differentiable(_CopyToRanks, x, group)
+
+
+def broadcast_from_first(x: Tensor | None, group: Collective, *, like: Tensor, anchor: Tensor) -> Tensor:
+    """`broadcast` of rank 0's `x`; None on the others. `anchor` needs gradients on all ranks if it does on one."""
+    if torch.is_grad_enabled() and anchor.requires_grad:
+        result: Tensor = _BroadcastFromFirst.apply(anchor, x, group, like)  # type: ignore[no-untyped-call]
+        return result
+    return group.broadcast(x, root=0, like=like)
+
+
+def no_part(x: Tensor, *used_elsewhere: Tensor) -> Tensor:
+    """Zeros like `x`: what a rank adds that holds nothing. Gradients of zero pass to all arguments."""
+    if not torch.is_grad_enabled():
+        return torch.zeros_like(x)
+    nothing = torch.ones((), dtype=torch.bool, device=x.device)
+    zeros = x.masked_fill(nothing, 0)
+    for other in used_elsewhere:
+        zeros = zeros + other.masked_fill(nothing, 0).sum()
+    return zeros
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Collective) -> None:
+    """Replaces the gradient of each by its sum over the ranks, in one exchange; same parameters everywhere."""
+    parameters = list(parameters)
+    if group.size == 1 or not parameters:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = group.all_reduce(torch.cat([grad.flatten() for grad in grads]))
+    for parameter, part in zip(parameters, torch.split(total, [grad.numel() for grad in grads]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
 
 
 def _differentiable(function: type[torch.autograd.Function], x: Tensor, group: Collective) -> Tensor:

@@ -3,6 +3,9 @@
 On the CPU, torch's own attention is slow in two cases that matter here (docs/decisions/0021): with one query row in
 bf16, so decode presents the query heads that share a KV head as rows of one query; and for long bf16 prompts, so
 prefill multiplies tile by tile, which also skips what lies above the diagonal.
+
+While gradients are recorded (training), a chunk is a whole sequence that attends to itself; no cache is read or
+written.
 """
 
 # T tokens of the step, H query heads and h KV heads of this rank, G query heads per KV head, K head size, S positions
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skynet.errors import StepRejected
 from skynet.protocol.plan import Span
 from skynet.worker.stage.batch import PartView, StepBatch
 
@@ -54,6 +58,8 @@ class PagedAttention:
 
     def __call__(self, query: Tensor, key_value: Tensor, cache: Tensor, batch: StepBatch) -> Tensor:
         """query: [T, H, K]; key_value: [T, 2, h, K]; cache: [2, h, slots, K], changed -> [T, H * K]."""
+        if torch.is_grad_enabled():
+            return self._without_cache(query, key_value, batch)
         write(cache, key_value, batch)
         if batch.num_tokens == 1:
             return self._decode(query[0], cache, batch.parts[0], batch.block_size).reshape(1, -1)
@@ -64,6 +70,29 @@ class PagedAttention:
             else:
                 self._prefill(query, cache, part, batch, out)
         return out.flatten(1)
+
+    def _without_cache(self, query: Tensor, key_value: Tensor, batch: StepBatch) -> Tensor:
+        """Differentiable in both -> [T, H * K]. Raises StepRejected for a part that doesn't begin its sequence."""
+        contexts = []
+        for part in batch.parts:
+            if part.start:
+                raise StepRejected(f"a part begins at position {part.start}; with gradients, sequences are given whole")
+            rows = slice(part.row, part.row + part.num_rows)
+            mask = tile_mask(batch, 0, part.num_rows, self._window, query)
+            heads = query[rows].transpose(0, 1)  # [H, t, K]
+            keys, values = key_value[rows].permute(1, 2, 0, 3)  # each [h, t, K]
+            pieces = [
+                F.scaled_dot_product_attention(
+                    heads[q.start : q.end].reshape(len(kv), -1, *heads.shape[1:]),  # [h, G, t, K]
+                    keys[kv.start : kv.end, None],
+                    values[kv.start : kv.end, None],
+                    attn_mask=mask,
+                    scale=self._scale,
+                ).flatten(0, 1)
+                for q, kv in self._runs
+            ]
+            contexts.append(torch.cat(pieces).transpose(0, 1).flatten(1))
+        return torch.cat(contexts)
 
     def _decode(self, query: Tensor, cache: Tensor, part: PartView, block_size: int) -> Tensor:
         """query: [H, K] -> [H, K]."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from skynet.worker.collectives import Collective
+from skynet.worker.collectives import Collective, broadcast_from_first, no_part
 from skynet.worker.stage.batch import StepBatch
+from skynet.worker.stage.lean import times
 from skynet.worker.stage.matrix import Matrix
 
 
@@ -28,7 +29,7 @@ class Router:
         decision = None if self._weight is None else self._decide(self._weight(x))
         if group.size > 1:
             like = torch.empty((2, x.shape[0], self._per_token), dtype=torch.float32, device=x.device)
-            decision = group.broadcast(decision, root=0, like=like)
+            decision = broadcast_from_first(decision, group, like=like, anchor=x)
         assert decision is not None
         return decision[0].to(torch.int64), decision[1]
 
@@ -59,13 +60,13 @@ class ExpertMlp:
     def __call__(self, x: Tensor, batch: StepBatch, group: Collective) -> Tensor:
         """x: [T, D], normed -> this rank's part of the sum, [T, D]."""
         ids, weights = self._router(x, group)
-        out = torch.zeros_like(x)
         if not self._gate_up:
-            return out
+            return no_part(x, weights)
+        out = torch.zeros_like(x)
         weights = weights.to(x.dtype)
         for expert in torch.unique(ids).tolist():
             row, choice = torch.where(ids == expert)
             gate, up = self._gate_up[expert](x[row]).chunk(2, -1)
-            result = self._down[expert](self._activation(gate).mul_(up))
+            result = self._down[expert](times(self._activation(gate), up))
             out.index_add_(0, row, result * weights[row, choice, None])
         return out

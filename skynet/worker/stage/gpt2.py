@@ -17,6 +17,7 @@ from transformers import GPT2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from skynet.errors import UnsupportedArchitecture
 from skynet.models.spec import ModelSpec
 from skynet.protocol.plan import RankShare, Span, StageAssignment
 from skynet.worker.collectives import Collective, SoloGroup, sum_over_ranks
@@ -117,6 +118,8 @@ class Gpt2Body:
 
     def run(self, hidden: Tensor, cache: KvCache, batch: StepBatch, group: Collective) -> Tensor:
         """See Body."""
+        if torch.is_grad_enabled():
+            raise UnsupportedArchitecture("gpt2: its layers aren't trained; run them without gradients")
         self._ranks.group = group
         x = hidden[None]
         for index, block in enumerate(self._blocks):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skynet.protocol.plan import Span
-from skynet.worker.collectives import Collective, copy_to_ranks, sum_over_ranks
+from skynet.worker.collectives import Collective, copy_to_ranks, no_part, sum_over_ranks
 from skynet.worker.stage.adapters import AdapterTable, ColumnRange
 from skynet.worker.stage.attention import PagedAttention
 from skynet.worker.stage.batch import StepBatch
@@ -84,7 +84,11 @@ class LeanAttention:
         qkv = flat.view(-1, heads + 2 * kv_heads, weights.head_size)  # [T, H + 2h, K]
         rotated = qkv.narrow(1, 0, heads + kv_heads)
         qk = rotated if weights.qk_norm is None else weights.qk_norm(rotated)
-        torch.addcmul(qk * rotation.cos, swap_halves(qk), rotation.sin, out=rotated)
+        if torch.is_grad_enabled():
+            turned = torch.addcmul(qk * rotation.cos, swap_halves(qk), rotation.sin)
+            qkv = torch.cat((turned, qkv.narrow(1, heads + kv_heads, kv_heads)), 1)
+        else:
+            torch.addcmul(qk * rotation.cos, swap_halves(qk), rotation.sin, out=rotated)
         key_value = qkv.narrow(1, heads, 2 * kv_heads).view(-1, 2, kv_heads, weights.head_size)
         context = self._attend(qkv.narrow(1, 0, heads), key_value, cache, batch)  # [T, H K]
         out = weights.o(context)
@@ -115,11 +119,16 @@ class GatedMlp:
             for projection, span in self._columns:
                 self._adapters.add(gate_up[:, span.start : span.end], x, self._layer, projection, batch)
         gate, up = gate_up.chunk(2, -1)
-        inner = self._activation(gate).mul_(up)  # [T, m]
+        inner = times(self._activation(gate), up)  # [T, m]
         out = self._down(inner)
         if batch.adapter_rows:
             self._adapters.add(out, inner, self._layer, "down", batch)
         return out
+
+
+def times(activated: Tensor, up: Tensor) -> Tensor:
+    """The product; overwrites `activated`, unless its gradient needs it."""
+    return activated * up if torch.is_grad_enabled() else activated.mul_(up)
 
 
 class Empty:
@@ -131,7 +140,8 @@ class Empty:
 
     def __call__(self, x: Tensor, batch: StepBatch, group: Collective) -> Tensor:
         """See Mlp."""
-        return torch.zeros_like(x) if self._bias is None else self._bias.expand_as(x).clone()
+        zeros = no_part(x)
+        return zeros if self._bias is None else zeros.add_(self._bias)
 
 
 class LeanLayer:

@@ -110,6 +110,8 @@ class LeanBody:
 
     def run(self, hidden: Tensor, cache: KvCache, batch: StepBatch, group: Collective) -> Tensor:
         """See Body."""
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()  # on every rank, or their backward passes would differ
         rotation = self._rope.rotation(batch.positions)
         for index, layer in enumerate(self._layers):
             hidden = layer(hidden, cache.layer(index), batch, rotation, group)

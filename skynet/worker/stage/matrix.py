@@ -6,7 +6,7 @@ product reaches less than half of the memory bandwidth that it reaches from bloc
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,10 @@ class PlainMatrix:
 
 
 class PackedMatrix:
-    """oneDNN's blocked weights; the row-major ones are let go."""
+    """oneDNN's blocked weights; the row-major ones are let go.
+
+    Gradients pass to x. Each backward pass reorders the weights back and lets the copy go: one matrix at a time.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
@@ -51,8 +54,31 @@ class PackedMatrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""
+        if torch.is_grad_enabled():
+            product: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.multiply(x)
+
+    def row_major(self) -> Tensor:
+        """A copy of the weights as they were, [rows, columns]."""
+        weight: Tensor = self._weight.to_dense()
+        return weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product, without gradients."""
         result: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
         return result
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.matrix.row_major(), None
 
 
 def make_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:

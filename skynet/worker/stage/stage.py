@@ -124,18 +124,27 @@ class Stage:
             raise Nonsense(str(exc), self.assignment.group[exc.rank]) from exc
 
     def forward(self, batch: StepBatch, hidden: Tensor | None, group: Collective) -> Tensor:
-        """The layers alone: hidden states [T, D] after this stage."""
+        """The layers alone: hidden states [T, D] after this stage.
+
+        Called while torch records gradients, it is a training pass of lean layers: gradients reach `hidden` and the
+        adapters' matrices, the model's weights stay frozen, every sequence must be whole (StepRejected), and the cache
+        is neither read nor written. Of an adapter cut by `shard_adapter`, each rank gets its part of the gradient:
+        `sum_gradients` adds them up. GPT-2's layers raise UnsupportedArchitecture.
+        """
         if self.assignment.is_first:
             hidden = self._body.embed(batch, group)
         assert hidden is not None, "check() refuses a later stage's step without hidden states"
         return self._body.run(hidden.to(self.device), self.cache, batch, group)
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        """This rank's logits [n, v] of the given rows of hidden states [T, D]."""
+        """This rank's logits [n, v] of the given rows of hidden states [T, D].
+
+        For gradients over several ranks, give it `copy_to_ranks(hidden, group)`.
+        """
         if list(rows) != list(range(len(hidden))):
             hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
         if self._head is None:
-            return hidden.new_empty((len(hidden), 0))
+            return hidden[:, :0]
         return self._head(self._body.final_norm(hidden))
 
     @property
