@@ -114,14 +114,17 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p", "repetition_penalty"}
     | {"summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"}
     | {"reorder_and_upcast_attn"}  # GPT-2: where 16-bit scores are rounded; ours never round them to float16
-    | {"is_encoder_decoder", "is_decoder", "model_max_length"}
+    | {"is_encoder_decoder", "is_decoder", "model_max_length", "max_sequence_length", "use_bfloat16", "output_past"}
+    | {"diversity_penalty", "length_penalty", "typical_p", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"}
+    | {"num_beam_groups", "num_return_sequences", "predict_special_tokens", "neftune_noise_alpha"}
+    | {"is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version"}  # who made or converted it
 )
 _ROPE_FIELDS: Final = frozenset(
     {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
     | {"low_freq_factor", "high_freq_factor"}
     | {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
 )
-_ONLY_AS: Final[Config] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False}
+_ONLY_AS: Final[Config] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False, "n_special": 0}
 
 
 def read_spec(config: Config, dtype: Dtype = "bfloat16") -> ModelSpec:

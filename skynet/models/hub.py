@@ -126,7 +126,7 @@ class Hub:
             info = self._api.model_info(repo_id, revision=revision, files_metadata=True, timeout=self.config.timeout_s)
             if not _COMMIT.match(str(info.sha)):
                 raise ModelError(
-                    f"{repo_id}: {self.config.endpoint} names no commit for it; try again, or another --revision"
+                    f"{repo_id}: {self.config.endpoint} names no commit for it; try again later, or give a directory"
                 )
             files = tuple(
                 HubFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None)
@@ -197,7 +197,7 @@ class Hub:
                 f"{subject}: not found at {endpoint}, or private; check the id, or log in with `hf auth login`"
             ) from exc
         except RevisionNotFoundError as exc:
-            raise ModelError(f"{subject}: has no such revision at {endpoint}; check --revision") from exc
+            raise ModelError(f"{subject}: has no such revision at {endpoint}; check its name there") from exc
         except EntryNotFoundError as exc:
             raise WeightError(
                 f"{subject}: the revision has no such file at {endpoint}; choose another model or revision"

@@ -140,7 +140,7 @@ def test_a_gated_model_says_how_to_get_in(hub: Hub, model: HubModel, server: Fak
 def test_unknown_models_and_revisions_are_named(hub: Hub) -> None:
     with pytest.raises(ModelError, match=r"Test/Absent: not found at http"):
         hub.resolve("Test/Absent")
-    with pytest.raises(ModelError, match=r"Test/Tiny-Model: has no such revision"):
+    with pytest.raises(ModelError, match=r"Test/Tiny-Model: has no such revision at http\S+; check its name there"):
         hub.resolve(REPO, "nope")
     for name in ("/no/such/dir", "a/b/c", "", "--x", "../up"):
         with pytest.raises(ModelError, match="neither a directory nor a hub id"):
