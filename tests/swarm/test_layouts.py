@@ -52,7 +52,14 @@ def test_half_precision_answers_what_rounding_allows(dtype: str, serve: Serve, e
     ids = answer(swarm)
     shortfalls = embedded_oracle.shortfalls(embedded_oracle.encode(PROMPT), ids)
     assert max(shortfalls) < (0.5 if dtype == "bfloat16" else 0.1)
-    assert ids == answer(swarm)
+    for _ in range(5):  # step times may have the layout changed meanwhile, and another split rounds otherwise
+        epoch = swarm.status()["replicas"][0]["epoch"]
+        answers = [answer(swarm), answer(swarm)]
+        if swarm.status()["replicas"][0]["epoch"] == epoch:
+            break
+    else:
+        pytest.fail("planned anew during each of five pairs of answers")
+    assert answers[0] == answers[1]
 
 
 def test_a_restarted_coordinator_leaves_every_shard_where_it_is(serve: Serve) -> None:
