@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from skynet.models.spec import DTYPE_BYTES, ModelSpec
-from skynet.protocol.plan import LayerSpan, RankShare, Span
+from skynet.protocol.plan import LayerSpan, RankShare
 
 Part = Literal["heads", "kv_heads", "mlp", "expert_mlp", "vocab"]
 
@@ -37,28 +37,6 @@ class TensorSplit:
     def num_elements(self) -> int:
         """Of the whole tensor."""
         return math.prod(self.shape)
-
-    def ranges(self, held: Span) -> tuple[Span, ...]:
-        """Index ranges along `dim` that belong to the units `held` of this part; one per block."""
-        block = self.shape[self.dim] // self.blocks
-        return tuple(
-            Span(b * block + held.start * self.unit, b * block + held.end * self.unit) for b in range(self.blocks)
-        )
-
-
-def held_units(spec: ModelSpec, share: RankShare, part: Part) -> Span:
-    """Which units of `part` a share holds."""
-    match part:
-        case "heads":
-            return share.heads
-        case "kv_heads":
-            return share.kv_heads(spec.group_size)
-        case "mlp":
-            return share.mlp
-        case "expert_mlp":
-            return share.expert_mlp
-        case "vocab":
-            return share.vocab
 
 
 def _is_gpt2(spec: ModelSpec) -> bool:
@@ -164,16 +142,6 @@ def head_tensors(spec: ModelSpec) -> tuple[TensorSplit, ...]:
     return (TensorSplit("model.norm.weight", hidden), TensorSplit(head, rows, "vocab"))
 
 
-def stage_tensors(spec: ModelSpec, layers: LayerSpan) -> tuple[TensorSplit, ...]:
-    """Every tensor of a stage, each once: its layers, the embedding if it is the first, the head if it is the last."""
-    found = {t.name: t for layer in range(layers.start, layers.end) for t in layer_tensors(spec, layer)}
-    if layers.start == 0:
-        found |= {t.name: t for t in embedding_tensors(spec)}
-    if layers.end == spec.num_layers:
-        found |= {t.name: t for t in head_tensors(spec)}
-    return tuple(found.values())
-
-
 @dataclass(frozen=True, slots=True)
 class PartCosts:
     """Bytes per unit held of each part, and `fixed` bytes that every rank holds."""
@@ -262,13 +230,6 @@ class ModelCosts:
         """How many different experts of a layer so many tokens are expected to choose."""
         experts = self.spec.num_experts
         return experts * (1 - (1 - self.spec.experts_per_token / experts) ** num_tokens) if experts else 0.0
-
-    def flops_per_token(self, layers: LayerSpan, share: RankShare) -> float:
-        """Operations of one token in a span, the LM head included where the span ends the model."""
-        dense, moe = self.count(layers.start, layers.end)
-        total = dense * sum(self.layer_flops(share, False)) + moe * sum(self.layer_flops(share, True))
-        is_last = layers.end == self.spec.num_layers
-        return total + (2.0 * len(share.vocab) * self.spec.hidden_size if is_last else 0.0)
 
 
 @lru_cache(maxsize=32)

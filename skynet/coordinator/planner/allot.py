@@ -1,8 +1,8 @@
 """Which group gets which layers: dynamic programming over groups in pipeline order.
 
 best[i] is the least cost of giving layers [0, i) to the groups seen so far; a group may be left out. Costs inside a
-stage are sums over its layers, so the inner minimum is a sliding window (sum of stages) or a crossing point (slowest
-stage), and a column takes time proportional to the number of layers.
+stage are sums over its layers, so the inner minimum is a sliding window, and an option takes time proportional to the
+number of layers.
 """
 
 from __future__ import annotations
@@ -38,43 +38,48 @@ class Allotted(NamedTuple):
     end: int
 
 
-_Choice = tuple[int, int]  # start of the stage, option
+_Choices = list[tuple[int, int] | None]  # [L + 1]; of the stage that ends there: its start, its option
 
 
-def allot(
-    columns: Sequence[Sequence[Option]], entry: Sequence[float], slowest_stage: bool, may_skip: bool = True
-) -> list[Allotted] | None:
+def allot(columns: Sequence[Sequence[Option]], entry: Sequence[float], may_skip: bool = True) -> list[Allotted] | None:
     """The cheapest allotment of all layers to groups in this order, or None if they don't fit.
 
-    `columns[g]` are group g's options; `entry[g]` is paid if g isn't the first stage. The cost is the sum over stages,
-    or with `slowest_stage` the largest (and `entry` doesn't count). Without `may_skip` every group gets a layer.
+    `columns[g]` are group g's options; `entry[g]` is paid if g isn't the first stage. The cost is the sum over stages.
+    Without `may_skip` every group gets a layer.
     """
     if not columns:
         return None
-    num_layers = len(columns[0][0].prefix) - 1
-    best = [0.0] + [INFINITY] * num_layers
-    choices: list[list[_Choice | None]] = []
+    best = [0.0] + [INFINITY] * (len(columns[0][0].prefix) - 1)
+    choices = []
     for position, (options, entry_cost) in enumerate(zip(columns, entry, strict=True)):
-        new = best.copy() if may_skip else [INFINITY] * (num_layers + 1)
-        chosen: list[_Choice | None] = [None] * (num_layers + 1)
+        new = best.copy() if may_skip else [INFINITY] * len(best)
+        chosen: _Choices = [None] * len(best)
         for index, option in enumerate(options):
             if may_skip or position == 0:
                 _begin(new, chosen, option, index)
-            if slowest_stage:
-                middle = _middle_slowest if may_skip else _middle_slowest_all
-                middle(best, new, chosen, option, index)
-                _end_slowest(best, new, chosen, option, index)
-            else:
-                _extend_sum(best, new, chosen, option, index, entry_cost)
+            _extend(best, new, chosen, option, index, entry_cost)
         choices.append(chosen)
         best = new
-    if best[num_layers] == INFINITY:
-        return None
-    return _trace(choices, num_layers)
+    return None if best[-1] == INFINITY else _trace(choices)
 
 
-def _trace(choices: list[list[_Choice | None]], end: int) -> list[Allotted]:
-    found = []
+def allot_evenly(options: Sequence[Option]) -> list[Allotted] | None:
+    """The allotment whose dearest stage costs least; every group, of one option each, gets a layer. None: no room."""
+    best = [0.0] + [INFINITY] * (len(options[0].prefix) - 1)
+    choices = []
+    for position, option in enumerate(options):
+        new = [INFINITY] * len(best)
+        chosen: _Choices = [None] * len(best)
+        if position == 0:
+            _begin(new, chosen, option, 0)
+        _extend_evenly(best, new, chosen, option)
+        choices.append(chosen)
+        best = new
+    return None if best[-1] == INFINITY else _trace(choices)
+
+
+def _trace(choices: list[_Choices]) -> list[Allotted]:
+    found, end = [], len(choices[0]) - 1
     for position in range(len(choices) - 1, -1, -1):
         choice = choices[position][end]
         if choice is not None:
@@ -84,7 +89,7 @@ def _trace(choices: list[list[_Choice | None]], end: int) -> list[Allotted]:
     return found[::-1]
 
 
-def _begin(new: list[float], chosen: list[_Choice | None], option: Option, index: int) -> None:
+def _begin(new: list[float], chosen: _Choices, option: Option, index: int) -> None:
     """The group as the first stage, or the only one."""
     prefix = option.prefix
     num_layers = len(prefix) - 1
@@ -95,9 +100,8 @@ def _begin(new: list[float], chosen: list[_Choice | None], option: Option, index
         new[num_layers], chosen[num_layers] = cost, (0, index)
 
 
-def _extend_sum(
-    best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int, entry: float
-) -> None:
+def _extend(best: list[float], new: list[float], chosen: _Choices, option: Option, index: int, entry: float) -> None:
+    """The group as a middle or the last stage."""
     prefix, low = option.prefix, option.low
     num_layers = len(prefix) - 1
     window: deque[tuple[float, int]] = deque()  # ascending (best[s] - prefix[s], s)
@@ -118,47 +122,15 @@ def _extend_sum(
             new[num_layers], chosen[num_layers] = cost, (s, index)
 
 
-def _middle_slowest(
-    best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int
-) -> None:
-    """The group as a middle stage. best[s] grows with s (dropping a layer costs nothing, dropping a group neither) and
-    the stage's own cost falls, so their maximum is least next to where they cross."""
+def _extend_evenly(best: list[float], new: list[float], chosen: _Choices, option: Option) -> None:
+    """The same where the dearest stage counts."""
     prefix, low = option.prefix, option.low
-    crossing = 1
-    for i in range(2, len(prefix) - 1):
-        lowest, upto = max(1, low[i]), prefix[i]
-        if best[lowest] == INFINITY:
-            break
-        crossing = max(crossing, lowest)
-        while crossing < i - 1 and best[crossing] < upto - prefix[crossing]:
-            crossing += 1
-        before, own = best[crossing], upto - prefix[crossing]
-        if (cost := before if before > own else own) < new[i]:
-            new[i], chosen[i] = cost, (crossing, index)
-        if crossing > lowest and (cost := upto - prefix[crossing - 1]) < new[i] and best[crossing - 1] <= cost:
-            new[i], chosen[i] = cost, (crossing - 1, index)
-
-
-def _middle_slowest_all(
-    best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int
-) -> None:
-    """The same where best[s] needn't grow with s, since every group must have a layer."""
-    prefix, low = option.prefix, option.low
-    for i in range(2, len(prefix) - 1):
-        for s in range(i - 1, max(1, low[i]) - 1, -1):
-            own = prefix[i] - prefix[s]
-            if own >= new[i]:  # and it only grows as s falls
-                break
-            if (cost := max(best[s], own)) < new[i]:
-                new[i], chosen[i] = cost, (s, index)
-
-
-def _end_slowest(best: list[float], new: list[float], chosen: list[_Choice | None], option: Option, index: int) -> None:
-    """The group as the last stage."""
-    prefix = option.prefix
     num_layers = len(prefix) - 1
-    total = prefix[num_layers] + option.last_cost
-    for s in range(max(1, option.last_start), num_layers):
-        before, own = best[s], total - prefix[s]
-        if (cost := before if before > own else own) < new[num_layers]:
-            new[num_layers], chosen[num_layers] = cost, (s, index)
+    for i in range(2, num_layers + 1):
+        is_last = i == num_layers
+        own = prefix[i] + (option.last_cost if is_last else 0.0)
+        for s in range(i - 1, max(1, option.last_start if is_last else low[i]) - 1, -1):
+            if own - prefix[s] >= new[i]:  # and it only grows as s falls
+                break
+            if (cost := max(best[s], own - prefix[s])) < new[i]:
+                new[i], chosen[i] = cost, (s, 0)

@@ -58,9 +58,6 @@ class PlannerConfig:
     prompt_tokens: int = 512  # the typical request, for predictions
     answer_tokens: int = 128
     batch: int = 8  # sequences in each step of a busy replica
-    overlaps_steps: bool = (
-        False  # True: a replica has a step per stage under way at once; the engine runs one at a time
-    )
     improvement_threshold: float = 0.03  # plans this close count as equal; the present plan stays unless beaten by more
     payback_s: float = 600.0  # a change must win back the time its bytes take to move within this time
     fetch_bytes_per_s: float = 50e6  # at which one worker gets weights it doesn't hold

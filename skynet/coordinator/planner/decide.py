@@ -1,4 +1,4 @@
-"""The planner's entry: candidates from search and from the plan in force, one choice, and the plan written out."""
+"""The planner's entry: candidates from search and from the plan in force, and one choice."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from skynet.coordinator.planner.config import Layout, Objective, PlannerConfig
-from skynet.coordinator.planner.model import Plan, RankPlan, ReplicaPlan, StagePlan
+from skynet.coordinator.planner.config import Objective, PlannerConfig
+from skynet.coordinator.planner.model import Plan, ReplicaPlan
 from skynet.coordinator.planner.packing import Replicas, rate
 from skynet.coordinator.planner.pinned import pinned_replicas, stage_sizes
-from skynet.coordinator.planner.predict import Chain, levelled, predict, rank_bytes
-from skynet.coordinator.planner.replan import Held, as_chain, held_by, moved_bytes, repairs, shared_bytes, transition
+from skynet.coordinator.planner.predict import Chain, levelled
+from skynet.coordinator.planner.replan import Held, as_chain, held_by, moved_bytes, repairs
 from skynet.coordinator.planner.replicas import divisions
 from skynet.coordinator.planner.search import Search
 from skynet.coordinator.planner.swarm import Swarm
-from skynet.coordinator.planner.text import explain, format_bytes
-from skynet.errors import CapacityError, ConfigError
+from skynet.coordinator.planner.text import no_room
+from skynet.coordinator.planner.written import write_out
+from skynet.errors import ConfigError
 from skynet.models.spec import ModelSpec
 from skynet.protocol.ids import WorkerId
-from skynet.protocol.plan import LayerSpan
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 _MAX_CANDIDATES = 64
@@ -61,9 +61,9 @@ def plan(
     kept = _as_it_is(swarm, current, sizes)
     found += _repaired(swarm, current, usable, sizes)
     if not found and kept is None:
-        raise _no_room(swarm, usable, sizes)
+        raise no_room(swarm, usable, sizes)
     chosen, best = _choose(swarm, [*found, *([kept] if kept else [])], current)
-    return _written_out(swarm, chosen, best, current)
+    return write_out(swarm, chosen.replicas, chosen.value / best.value - 1, current, chosen.is_current)
 
 
 def _pinned_sizes(swarm: Swarm, usable: list[int]) -> tuple[int, ...] | None:
@@ -190,114 +190,3 @@ def _is_same(swarm: Swarm, replicas: Replicas, current: Plan) -> bool:
         for rank in stage.ranks
     }
     return new == old
-
-
-def _written_out(swarm: Swarm, chosen: Candidate, best: Candidate, current: Plan | None) -> Plan:
-    config = swarm.config
-    if chosen.is_current and current is not None:
-        chains = {frozenset(itertools.chain(*chain.arrangement)): chain for chain in chosen.replicas}
-        index = {worker_id: i for i, worker_id in enumerate(swarm.ids)}
-        ordered = [chains[frozenset(index[w] for w in replica.worker_ids)] for replica in current.replicas]
-        blocks = [replica.num_blocks for replica in current.replicas]
-        replicas = tuple(_replica(swarm, c, n) for c, n in zip(ordered, blocks, strict=True))
-    else:
-        held = held_by(current, swarm)
-        replicas = tuple(_replica(swarm, chain, _blocks(swarm, chain, held)) for chain in chosen.replicas)
-    used = {worker_id for replica in replicas for worker_id in replica.worker_ids}
-    layout = config.layout
-    is_met = layout is None or all(_is_layout(replica, layout) for replica in replicas)
-    change = transition(swarm, current, replicas)
-    return Plan(
-        spec=swarm.spec,
-        objective=config.objective,
-        replicas=replicas,
-        spares=tuple(worker_id for worker_id in swarm.ids if worker_id not in used),
-        block_size=config.block_size,
-        layout=layout,
-        layout_is_met=is_met,
-        reasons=explain(swarm, chosen.replicas, replicas, change, best.value, chosen.value, current, is_met),
-        transition=change,
-        estimated_links=_estimated(swarm, chosen.replicas),
-    )
-
-
-def _is_layout(replica: ReplicaPlan, layout: Layout) -> bool:
-    return len(replica.stages) == layout.pipeline and all(
-        len(stage.ranks) == layout.tensor_parallel for stage in replica.stages
-    )
-
-
-def _replica(swarm: Swarm, chain: Chain, num_blocks: int) -> ReplicaPlan:
-    stages = []
-    for stage in chain.stages:
-        ranks = tuple(
-            RankPlan(
-                worker_id=swarm.ids[member],
-                share=share,
-                weight_bytes=weights,
-                kv_bytes=num_blocks * block_bytes,
-                memory_bytes=swarm.memory[member],
-            )
-            for (member, weights, block_bytes), share in zip(
-                rank_bytes(swarm, stage), stage.variant.shares, strict=True
-            )
-        )
-        stages.append(StagePlan(layers=LayerSpan(stage.start, stage.end), ranks=ranks))
-    prediction = chain.prediction if num_blocks == chain.num_blocks else predict(swarm, chain.stages, num_blocks)
-    return ReplicaPlan(stages=tuple(stages), num_blocks=num_blocks, prediction=prediction)
-
-
-def _blocks(swarm: Swarm, chain: Chain, held: dict[WorkerId, Held]) -> int:
-    """KV blocks; fewer, if that lets every worker load beside what it holds and a quarter or more remains."""
-    blocks = chain.num_blocks
-    for stage in chain.stages:
-        layers = LayerSpan(stage.start, stage.end)
-        for (member, weights, block_bytes), share in zip(rank_bytes(swarm, stage), stage.variant.shares, strict=True):
-            old = held.get(swarm.ids[member])
-            if old is not None and block_bytes:
-                both = old.weight_bytes + old.kv_bytes + weights - shared_bytes(swarm.costs, old, layers, share)
-                blocks = min(blocks, (swarm.memory[member] - both) // block_bytes)
-    return blocks if blocks >= max(swarm.min_blocks, chain.num_blocks // 4) else chain.num_blocks
-
-
-def _estimated(swarm: Swarm, replicas: Replicas) -> tuple[tuple[WorkerId, WorkerId], ...]:
-    """Links that the plan relies on and nobody measured."""
-    pairs: set[tuple[int, int]] = set()
-    for chain in replicas:
-        groups = chain.arrangement
-        for members in groups:
-            pairs.update(itertools.combinations(sorted(members), 2))
-        for a, b in itertools.pairwise(groups):
-            pairs.update((min(a[i % len(a)], m), max(a[i % len(a)], m)) for i, m in enumerate(b))
-    unknown = sorted(pair for pair in pairs if swarm.links.between(*pair).is_estimated)
-    return tuple((swarm.ids[a], swarm.ids[b]) for a, b in unknown)
-
-
-def _no_room(swarm: Swarm, usable: list[int], sizes: tuple[int, ...] | None) -> CapacityError:
-    """By how much memory falls short, in words and bytes."""
-    lent_by = sorted((swarm.memory[i] for i in usable), reverse=True)[: sum(sizes) if sizes else None]
-    need, lent = swarm.replica_bytes, sum(lent_by)
-    spec = swarm.spec
-    model = f"the {spec.model_type} model of {spec.num_layers} layers ({spec.dtype})"
-    context = f"with KV cache for {swarm.min_tokens} tokens"
-    who = f"{len(lent_by)} worker{'s' * (len(lent_by) != 1)}"
-    pinned = f" in layout {swarm.config.layout}" if sizes else ""
-    if not lent_by:
-        return CapacityError(f"{model} needs {format_bytes(need)} {context}, and no worker lends any memory", need)
-    verb = "lends" if len(lent_by) == 1 else "lend"
-    if need > lent:
-        missing = need - lent
-        text = f"{model} needs {format_bytes(need)} {context}, the {who}{pinned} {verb} {format_bytes(lent)}"
-        return CapacityError(
-            f"{text}: {format_bytes(missing)} missing; start more workers or lend more memory", missing
-        )
-    layer = need // spec.num_layers
-    missing = max(need - sum(memory // layer * layer for memory in lent_by), layer)
-    text = f"{model} needs {format_bytes(need)} {context}; the {who}{pinned} {verb} {format_bytes(lent)}"
-    if num_cut := sum(not swarm.links.are_joined(a, b) for a, b in itertools.combinations(usable, 2)):
-        text += f", but {num_cut} pair{'s' * (num_cut != 1)} of workers can't reach each other"
-        return CapacityError(f"{text} and no plan goes round that; open their data ports or start more workers")
-    text += f", but a layer takes {format_bytes(layer)} and no split into whole shares fits"
-    return CapacityError(
-        f"{text}: about {format_bytes(missing)} missing; start more workers or lend more memory", missing
-    )

@@ -57,7 +57,7 @@ def packings(search: Search, workers: Sequence[int]) -> list[Replicas]:
 
 
 def _try_promising(search: Search, partitions: Partitions, bits: dict[int, int]) -> None:
-    """Of each set of workers the layouts with the best estimates: some that fit, or many that don't."""
+    """Of each set of workers the layouts with the best estimates: some with room for a whole batch, or many without."""
     memory, need = search.swarm.memory, search.swarm.replica_bytes
     fitting: Counter[int] = Counter()
     failed: Counter[int] = Counter()
@@ -70,10 +70,11 @@ def _try_promising(search: Search, partitions: Partitions, bits: dict[int, int])
     for mask, partition in roomy:
         if fitting[mask] >= _FITTING_PER_SET or failed[mask] >= most_failing:
             continue
-        if search.try_first(partitions.orders(partition)) is None:
-            failed[mask] += 1
-        else:
+        chain = search.try_first(partitions.orders(partition))
+        if chain is not None and chain.prediction.sequences == search.swarm.config.batch:
             fitting[mask] += 1
+        else:
+            failed[mask] += 1
 
 
 def _columns(search: Search, bits: dict[int, int]) -> list[_Column]:

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from skynet.coordinator.planner.config import Layout, Objective
+from skynet.coordinator.planner.moves import replaced
 from skynet.coordinator.planner.packing import Replicas
 from skynet.coordinator.planner.predict import Arrangement, Chain, levelled
-from skynet.coordinator.planner.search import Search, best_of, order_groups, replaced
+from skynet.coordinator.planner.search import Search, best_of, order_groups
 from skynet.coordinator.planner.sites import cut_site, sites
 from skynet.coordinator.planner.swarm import Swarm
 

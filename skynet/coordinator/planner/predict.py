@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skynet.coordinator.planner.allot import INFINITY, allot
+from skynet.coordinator.planner.allot import INFINITY, allot, allot_evenly
 from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.groups import Group, Variant
 from skynet.coordinator.planner.model import Prediction
@@ -73,18 +73,13 @@ def step_s(swarm: Swarm, stages: Sequence[Placed], kind: StepKind) -> float:
 def predict(swarm: Swarm, stages: Sequence[Placed], num_blocks: int) -> Prediction:
     """Speeds of a replica. Busy, its steps have a whole batch, or as many sequences as its KV blocks hold."""
     config = swarm.config
-    in_flight = len(stages) if config.overlaps_steps else 1
     room = num_blocks * config.block_size // (config.prompt_tokens + config.answer_tokens)
-    sequences = max(1, min(room, config.batch * in_flight))
-    per_step = -(-sequences // in_flight)
-    steps = -(-sequences // per_step)
-    kind = swarm.batch if per_step == config.batch else StepKind(per_step, per_step, swarm.batch.context)
-    times = [stage_s(swarm, stage, kind) for stage in stages]
-    round_s = max(steps * max(times), sum(times) + hops_s(swarm, stages, per_step))
+    sequences = max(1, min(room, config.batch))
+    busy = StepKind(sequences, sequences, swarm.batch.context)
     return Prediction(
         prefill_tokens_per_s=config.prompt_tokens / step_s(swarm, stages, swarm.prefill),
         decode_tokens_per_s=1 / step_s(swarm, stages, swarm.decode),
-        batch_tokens_per_s=sequences / round_s,
+        batch_tokens_per_s=sequences / step_s(swarm, stages, busy),
         sequences=sequences,
     )
 
@@ -152,10 +147,9 @@ def evaluate(swarm: Swarm, arrangement: Arrangement, may_skip: bool = True) -> C
 
 def _allotted(swarm: Swarm, groups: list[Group], kv_tokens: int, may_skip: bool) -> Chain | None:
     """The best allotment in which every rank has room for so many positions."""
-    slowest_stage = swarm.config.objective is Objective.THROUGHPUT and swarm.config.overlaps_steps
     while True:
         entry = [0.0, *(b.hop_cost(a) for a, b in itertools.pairwise(groups))]
-        allotted = allot([group.options(kv_tokens) for group in groups], entry, slowest_stage, may_skip)
+        allotted = allot([group.options(kv_tokens) for group in groups], entry, may_skip)
         if allotted is None:
             return None
         if len(allotted) == len(groups):
@@ -174,8 +168,8 @@ def levelled(swarm: Swarm, chain: Chain, tolerance: float = 0.005) -> Chain:
     for more KV blocks and let several sequences flow.
     """
     variants = [stage.variant for stage in chain.stages]
-    options = [[variant.option(swarm.min_tokens)] for variant in variants]
-    level = allot(options, [0.0] * len(variants), True, may_skip=False) if len(variants) > 1 else None
+    options = [variant.option(swarm.min_tokens) for variant in variants]
+    level = allot_evenly(options) if len(options) > 1 else None
     if level is None:
         return chain
     for part in _PARTS_OF_THE_WAY:

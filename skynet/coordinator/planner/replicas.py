@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from skynet.coordinator.planner.packing import MAX_PACKED, Replicas, packings, rate
 from skynet.coordinator.planner.predict import Chain
 from skynet.coordinator.planner.search import Search, best_of, order_groups
-from skynet.coordinator.planner.sites import cut_site, sites
+from skynet.coordinator.planner.sites import cut_site, rows, sites
 
 _SEARCHED_CLUSTER = 12  # clusters up to this size get a full search where there are few of them
 _TRADES = 30
@@ -16,6 +16,9 @@ _PEELED_UP_TO = 20  # workers; it searches anew for each replica
 _REPACKINGS = 4
 _MAX_PACKINGS = 8  # of one plan: some 50 ms each
 _WINDOW = 6  # workers whose replicas are put together anew at once
+_MUCH_CACHE = 1.1  # where cache for a whole batch makes a replica so much larger, it counts in large swarms, too
+_WASTED = 4  # with memory for so many times the replicas, far workers share layers, too
+_FAR_UP_TO = 100  # workers; it takes up to a hundred layouts for each replica
 _FEW_REPLICAS = 6  # up to here each replica in turn is dissolved into the others
 
 
@@ -27,28 +30,25 @@ def divisions(search: Search, workers: Sequence[int], whole: Chain | None) -> li
     found: list[Replicas] = [] if whole is None else [(whole,)]
     if len(workers) <= MAX_PACKED:
         return [*found, *packings(search, workers)]
-    size, clusters = 1, 0
-    for _ in range(1 if search.swarm.is_large else 6):
-        replicas = _in_clusters(search, workers, size)
-        if not replicas:
-            break
-        found.append(replicas)
-        clusters = len(replicas)
-        size = max(size + 1, min(2 * size, len(workers) // max(1, clusters - 1))) if clusters > 1 else len(workers)
-        if clusters == 1:
-            break
+    swarm = search.swarm
+    room = sum(swarm.memory[w] for w in workers) // swarm.replica_bytes
+    for row in rows(swarm, workers):
+        clustered = list(_clustered(search, row))
+        if len(workers) <= _FAR_UP_TO and max(map(len, clustered), default=0) < room / _WASTED:
+            clustered.append(_in_clusters(search, row, 1, swarm.replica_bytes, far=True))
+        found += [replicas for replicas in clustered if replicas]
     if not found:
         return []
     if len(workers) <= _PEELED_UP_TO:
         found.append(_peeled(search, workers))
     best = max(found, key=rate)
-    if not search.swarm.is_large:
+    if not swarm.is_large:
         found.append(_trade(search, best, workers))
         if 1 < len(best) <= _FEW_REPLICAS:
             found += [_trade(search, best[:i] + best[i + 1 :], workers) for i in range(len(best))]
         found.append(_repacked(search, max(found, key=rate), workers))
     found = [replicas for replicas in found if replicas]
-    return [*found, *(_trimmed(search, replicas) for replicas in found if not search.swarm.is_large)]
+    return [*found, *(_trimmed(search, replicas) for replicas in found if not swarm.is_large)]
 
 
 def _all_divisions(search: Search, workers: tuple[int, ...]) -> Iterator[Replicas]:
@@ -73,18 +73,35 @@ def _all_divisions(search: Search, workers: tuple[int, ...]) -> Iterator[Replica
     yield from (replicas for replicas in extend(workers) if replicas)
 
 
-def _in_clusters(search: Search, workers: Sequence[int], least: int) -> Replicas:
-    """Cut the workers, site by site, into runs of at least `least` that can hold a replica; a short tail joins in."""
-    swarm = search.swarm
-    need = swarm.replica_bytes
+def _clustered(search: Search, row: Sequence[int]) -> Iterator[Replicas]:
+    """Replicas of neighbours in a row: as many as possible, then ever fewer of more workers."""
+    swarm, size = search.swarm, 1
+    if swarm.is_large and swarm.roomy_bytes > _MUCH_CACHE * swarm.replica_bytes:
+        yield _in_clusters(search, row, 1, swarm.roomy_bytes)
+    for _ in range(1 if swarm.is_large else 6):
+        replicas = _in_clusters(search, row, size, swarm.replica_bytes)
+        if replicas:
+            yield replicas
+        if len(replicas) <= 1:
+            return
+        size = max(size + 1, min(2 * size, len(row) // (len(replicas) - 1)))
+
+
+def _in_clusters(search: Search, row: Sequence[int], least: int, need_bytes: int, far: bool = False) -> Replicas:
+    """Cut a row of workers into runs of at least `least` that lend `need_bytes`; a short tail stays over.
+
+    With `far` workers that are far from each other may share layers.
+    """
     found: list[Chain] = []
     cluster: list[int] = []
     held = 0
-    for worker in itertools.chain.from_iterable(sites(swarm, workers)):
+    for worker in row:
         cluster.append(worker)
-        held += swarm.memory[worker]
-        if held >= need and len(cluster) >= least:
+        held += search.swarm.memory[worker]
+        if held >= need_bytes and len(cluster) >= least:
             chain = _quick(search, cluster)
+            if chain is None and far and len(cluster) <= _SEARCHED_CLUSTER:
+                chain = search.try_first(search.roomy_layouts(cluster))
             if chain is not None:
                 found.append(chain)
                 cluster, held = [], 0
@@ -138,7 +155,7 @@ def _trade(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replic
 def _repacked(search: Search, replicas: Replicas, workers: Sequence[int]) -> Replicas:
     """Dissolve replicas next to each other, with spares near them, and put them together anew while that helps."""
     swarm, current = search.swarm, list(replicas)
-    order = {worker: i for i, worker in enumerate(itertools.chain.from_iterable(sites(swarm, workers)))}
+    order = {worker: i for i, worker in enumerate(rows(swarm, workers)[-1])}
     left = _MAX_PACKINGS
     for _ in range(_REPACKINGS):
         current.sort(key=lambda c: min(order[m] for members in c.arrangement for m in members))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.groups import Group
+from skynet.coordinator.planner.moves import neighbours, ordered_partitions, without_one
 from skynet.coordinator.planner.partitions import MAX_PARTITIONED, Partitions
 from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
 from skynet.coordinator.planner.sites import group_lists
@@ -16,7 +17,6 @@ from skynet.coordinator.planner.swarm import Swarm
 _NEW_RANK = 60  # effort of working out one rank of a new group, in the unit of `search_effort`
 _MAX_LOCAL_WORKERS = 40
 _FEW_WORKERS = 12
-_SPLIT_UP_TO = 5  # ranks of a group that local search divides in every way
 _STARTS = 3  # local searches among few workers
 _POOL = 48
 _PROMISING, _FAILING = 40, 400  # layouts of few workers worked out before local search
@@ -142,9 +142,8 @@ class Search:
         if not swarm.has_full_variants:
             swarm.use_full_variants()
             self.tried = {layout: chain for layout, chain in self.tried.items() if chain is not None}
-        ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
         found: list[Chain] = []
-        for arrangement in self._roomy_layouts(ordered):
+        for arrangement in self.roomy_layouts(workers):
             chain = self.try_layout(arrangement)
             if chain is not None:
                 found.append(chain)
@@ -152,9 +151,10 @@ class Search:
                     break
         return found
 
-    def _roomy_layouts(self, ordered: list[int]) -> Iterator[Arrangement]:
+    def roomy_layouts(self, workers: Sequence[int]) -> Iterator[Arrangement]:
         """All of these workers, roomiest first: runs and mixtures of every size, then one group of all."""
-        swarm, count = self.swarm, len(ordered)
+        swarm, count = self.swarm, len(workers)
+        ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
         for size in (s for s in ((1, 2, 3, 4, 6, 8) if count <= 200 else (1, 2, 4)) if s <= count):
             by_room = [swarm.canonical(ordered[i : i + size]) for i in range(0, count, size)]
             stages = -(-count // size)
@@ -227,87 +227,3 @@ def order_groups(swarm: Swarm, groups: Sequence[Group]) -> Arrangement:
         near = min(range(len(left)), key=lambda i: (swarm.hop_s(last, left[i].members, 1), i))
         order.append(left.pop(near))
     return tuple(group.members for group in order)
-
-
-def ordered_partitions(workers: tuple[int, ...], max_size: int) -> Iterator[Arrangement]:
-    """Every way to put all workers into groups in a row; ranks keep the given order."""
-    if not workers:
-        yield ()
-    for size in range(1, min(len(workers), max_size) + 1):
-        for first in itertools.combinations(workers, size):
-            rest = tuple(w for w in workers if w not in first)
-            for tail in ordered_partitions(rest, max_size):
-                yield (first, *tail)
-
-
-def without_one(arrangement: Arrangement) -> Iterator[Arrangement]:
-    """Drop each worker in turn."""
-    for i, members in enumerate(arrangement):
-        for worker in members:
-            left = tuple(m for m in members if m != worker)
-            smaller = (*arrangement[:i], *((left,) if left else ()), *arrangement[i + 1 :])
-            if smaller:
-                yield smaller
-
-
-def neighbours(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
-    """Layouts one move away: merge, split or exchange stages; move, exchange, drop or add a worker."""
-    limit = swarm.config.max_group_size
-    stages = list(arrangement)
-    for i, (a, b) in enumerate(itertools.pairwise(stages)):
-        if len(a) + len(b) <= limit:
-            yield (*stages[:i], swarm.canonical(a + b), *stages[i + 2 :])
-    for i, members in enumerate(stages):
-        if len(members) <= _SPLIT_UP_TO:
-            for a, b in halves(members):
-                yield (*stages[:i], a, b, *stages[i + 1 :])
-                yield (*stages[:i], b, a, *stages[i + 1 :])
-    for i, j in itertools.combinations(range(len(stages)), 2):
-        swapped = list(stages)
-        swapped[i], swapped[j] = stages[j], stages[i]
-        yield tuple(swapped)
-    for worker in unused:
-        yield from _inserted(swarm, arrangement, worker, limit)
-    yield from without_one(arrangement)
-    yield from replaced(swarm, arrangement, unused)
-    for i, members in enumerate(stages):
-        for worker in members:
-            left = tuple(m for m in members if m != worker)
-            rest = (*stages[:i], *((left,) if left else ()), *stages[i + 1 :])
-            yield from _inserted(swarm, rest, worker, limit)
-
-
-def halves(members: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every division of a group in two."""
-    first, rest = members[:1], members[1:]
-    for count in range(len(rest)):
-        for with_first in itertools.combinations(rest, count):
-            yield first + with_first, tuple(m for m in rest if m not in with_first)
-
-
-def replaced(swarm: Swarm, arrangement: Arrangement, unused: Sequence[int]) -> Iterator[Arrangement]:
-    """Layouts of the same shape: two workers of different groups exchanged, or one for an unused one."""
-    stages = list(arrangement)
-    places = [(i, worker) for i, members in enumerate(stages) for worker in members]
-    for (i, a), (j, b) in itertools.combinations(places, 2):
-        if i != j and (len(stages[i]) > 1 or len(stages[j]) > 1):
-            changed = list(stages)
-            changed[i] = swarm.canonical([b if m == a else m for m in stages[i]])
-            changed[j] = swarm.canonical([a if m == b else m for m in stages[j]])
-            yield tuple(changed)
-    for i, a in places:
-        for b in unused:
-            members = swarm.canonical([b if m == a else m for m in stages[i]])
-            yield (*stages[:i], members, *stages[i + 1 :])
-    for i, j in itertools.combinations(range(len(stages)), 2):
-        swapped = list(stages)
-        swapped[i], swapped[j] = stages[j], stages[i]
-        yield tuple(swapped)
-
-
-def _inserted(swarm: Swarm, arrangement: Arrangement, worker: int, limit: int) -> Iterator[Arrangement]:
-    for i, members in enumerate(arrangement):
-        if len(members) < limit:
-            yield (*arrangement[:i], swarm.canonical((*members, worker)), *arrangement[i + 1 :])
-    for i in range(len(arrangement) + 1):
-        yield (*arrangement[:i], (worker,), *arrangement[i:])

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from skynet.coordinator.planner.allot import INFINITY
 from skynet.coordinator.planner.swarm import Swarm
 
 _SIZES = (1, 2, 3, 4, 6, 8)
 _WINDOW = 12  # a group's other ranks are chosen among this many of about the same speed
 
 
-def sites(swarm: Swarm, workers: Sequence[int]) -> list[list[int]]:
-    """Workers joined by near links (measured, or through a common landmark), largest site first, fastest rank first."""
+def rows(swarm: Swarm, workers: Sequence[int]) -> list[list[int]]:
+    """All workers in a row, sites by size; and, where it differs, one in which sites with links follow each other."""
+    by_size = sites(swarm, workers)
+    region_of = {worker: i for i, region in enumerate(sites(swarm, workers, INFINITY)) for worker in region}
+    by_region = sorted(by_size, key=lambda site: region_of[site[0]])
+    found = [by_size] if by_region == by_size else [by_size, by_region]
+    return [list(itertools.chain.from_iterable(row)) for row in found]
+
+
+def sites(swarm: Swarm, workers: Sequence[int], limit_s: float | None = None) -> list[list[int]]:
+    """Workers joined by near links (measured, or through a common landmark), largest site first, fastest rank first.
+
+    Near is a round trip of `limit_s`; None: of the configured limit.
+    """
     parent = {worker: worker for worker in workers}
-    limit = swarm.config.near_round_trip_s
+    limit = swarm.config.near_round_trip_s if limit_s is None else limit_s
 
     def root(worker: int) -> int:
         while parent[worker] != worker:

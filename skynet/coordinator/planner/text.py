@@ -1,13 +1,15 @@
-"""A plan in words: its reasons, a table for people and a dictionary for scripts."""
+"""A plan in words: its reasons (or why there is none), a table for people and a dictionary for scripts."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from skynet.coordinator.planner.model import Plan, ReplicaPlan, Transition
 from skynet.coordinator.planner.predict import Chain, hops_s, step_s
 from skynet.coordinator.planner.swarm import Swarm
+from skynet.errors import CapacityError
 from skynet.protocol.plan import Span
 
 
@@ -28,12 +30,11 @@ def explain(
     chains: Sequence[Chain],
     replicas: Sequence[ReplicaPlan],
     change: Transition,
-    best_value: float,
-    value: float,
+    loss: float,
     current: Plan | None,
     layout_is_met: bool,
 ) -> tuple[str, ...]:
-    """Why this plan, one sentence each."""
+    """Why this plan, one sentence each; the best one by value alone would be better by `loss` (relative)."""
     reasons = [_memory_reason(swarm, replicas)]
     for chain in chains[:3]:
         reasons += _chain_reasons(swarm, chain)
@@ -45,10 +46,9 @@ def explain(
         reasons.append(
             f"Layout {wanted} needs {wanted.num_workers} workers, there are {len(swarm.ids)}: {got} is nearest."
         )
-    if value > best_value * 1.0001:
-        loss = (value / best_value - 1) * 100
+    if loss > 0.0001:
         what = "moves fewer bytes or uses fewer workers"
-        reasons.append(f"The fastest plan found would be {loss:.1f}% better; this one {what}.")
+        reasons.append(f"The best plan found would be {100 * loss:.1f}% better; this one {what}.")
     reasons += _change_reasons(change, current)
     return tuple(reasons)
 
@@ -89,6 +89,36 @@ def _change_reasons(change: Transition, current: Plan | None) -> list[str]:
         names = ", ".join(first[:4]) + (" and others" if len(first) > 4 else "")
         found.append(f"{names} can't hold old and new shard at once: a pause of about {_time(change.pause_s)}.")
     return found
+
+
+def no_room(swarm: Swarm, usable: list[int], sizes: tuple[int, ...] | None) -> CapacityError:
+    """Why there is no plan: by how much memory falls short, in words and bytes."""
+    lent_by = sorted((swarm.memory[i] for i in usable), reverse=True)[: sum(sizes) if sizes else None]
+    need, lent = swarm.replica_bytes, sum(lent_by)
+    spec = swarm.spec
+    model = f"the {spec.model_type} model of {spec.num_layers} layers ({spec.dtype})"
+    context = f"with KV cache for {swarm.min_tokens} tokens"
+    who = f"{len(lent_by)} worker{'s' * (len(lent_by) != 1)}"
+    pinned = f" in layout {swarm.config.layout}" if sizes else ""
+    if not lent_by:
+        return CapacityError(f"{model} needs {format_bytes(need)} {context}, and no worker lends any memory", need)
+    verb = "lends" if len(lent_by) == 1 else "lend"
+    if need > lent:
+        missing = need - lent
+        text = f"{model} needs {format_bytes(need)} {context}, the {who}{pinned} {verb} {format_bytes(lent)}"
+        return CapacityError(
+            f"{text}: {format_bytes(missing)} missing; start more workers or lend more memory", missing
+        )
+    layer = need // spec.num_layers
+    missing = max(need - sum(memory // layer * layer for memory in lent_by), layer)
+    text = f"{model} needs {format_bytes(need)} {context}; the {who}{pinned} {verb} {format_bytes(lent)}"
+    if num_cut := sum(not swarm.links.are_joined(a, b) for a, b in itertools.combinations(usable, 2)):
+        text += f", but {num_cut} pair{'s' * (num_cut != 1)} of workers can't reach each other"
+        return CapacityError(f"{text} and no plan goes round that; open their data ports or start more workers")
+    text += f", but a layer takes {format_bytes(layer)} and no split into whole shares fits"
+    return CapacityError(
+        f"{text}: about {format_bytes(missing)} missing; start more workers or lend more memory", missing
+    )
 
 
 def _percent(part: Span, total: int) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from skynet.coordinator.planner.config import Objective
 from skynet.coordinator.planner.groups import Group, Variant
+from skynet.coordinator.planner.moves import ordered_partitions
 from skynet.coordinator.planner.predict import Chain, Placed, finish
-from skynet.coordinator.planner.search import ordered_partitions
 from skynet.coordinator.planner.swarm import Swarm
 from skynet.models.split import column_unit, head_unit, spans
 from skynet.protocol.plan import RankShare, Span

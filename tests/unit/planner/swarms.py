@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
+from skynet.coordinator.planner import Objective, Plan, PlannerConfig, plan
+from skynet.errors import CapacityError
+from skynet.models.costs import model_costs
+from skynet.models.fit import held_bytes
 from skynet.models.spec import ModelSpec
+from skynet.models.split import whole_share
 from skynet.protocol.ids import WorkerId
+from skynet.protocol.plan import LayerSpan
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
 Workers = dict[WorkerId, WorkerProfile]
+
+
+def need_bytes(spec: ModelSpec, tokens: int) -> int:
+    """The least memory of one replica with KV cache for so many positions."""
+    return held_bytes(model_costs(spec), LayerSpan(0, spec.num_layers), whole_share(spec), tokens)
+
+
+def value(found: Plan) -> float:
+    """What the plan's objective minimises, but for the time by which `memory` decides between equals."""
+    match found.objective:
+        case Objective.THROUGHPUT:
+            return 1 / found.batch_tokens_per_s
+        case Objective.MEMORY:
+            return sum(r.weight_bytes + r.kv_bytes for c in found.replicas for s in c.stages for r in s.ranks)
+        case Objective.LATENCY:
+            return token_s(found)
+
+
+def token_s(found: Plan) -> float:
+    """Seconds per answer token of a typical request alone."""
+    prediction, config = found.replicas[0].prediction, PlannerConfig()
+    prompt_s = config.prompt_tokens / prediction.prefill_tokens_per_s
+    return 1 / prediction.decode_tokens_per_s + prompt_s / config.answer_tokens
 
 
 def worker(memory_bytes: int, bandwidth: float = 1e10, flops: float = 4e11, host_id: str = "") -> WorkerProfile:
@@ -122,3 +152,37 @@ def large_swarm(num_workers: int, seed: int = 0) -> tuple[Workers, list[LinkProf
         )
         site.append(worker_id)
     return workers, list(links.values())
+
+
+def copies(workers: Workers, links: list[LinkProfile], count: int, seed: int = 0) -> tuple[Workers, list[LinkProfile]]:
+    """So many copies of a swarm, named at random; between copies nothing is measured."""
+    new = [WorkerId(f"c{i:04d}") for i in range(count * len(workers))]
+    random.Random(seed).shuffle(new)
+    all_workers: Workers = {}
+    all_links = []
+    for copy in range(count):
+        names = dict(zip(workers, new[copy * len(workers) :], strict=False))
+        all_workers |= {names[worker_id]: profile for worker_id, profile in workers.items()}
+        all_links += [dataclasses.replace(link, a=names[link.a], b=names[link.b]) for link in links]
+    return all_workers, all_links
+
+
+def excess_over_copies(seed: int, num_workers: int, count: int, objective: Objective) -> float | None:
+    """Value of the plan for copies of a small swarm to that of its best plan, found exhaustively, copied.
+
+    Below 1 where copies do better together. None: the small swarm can't hold its model.
+    """
+    rng = random.Random(seed)
+    spec = small_spec(rng)
+    workers = random_workers(rng, num_workers, need_bytes(spec, 512))
+    links = random_links(rng, workers)
+    config = PlannerConfig(
+        objective=objective, min_context_tokens=512, exact_up_to=num_workers, improvement_threshold=0.0
+    )
+    try:
+        best = plan(spec, workers, links, config)
+    except CapacityError:
+        return None
+    config = dataclasses.replace(config, exact_up_to=PlannerConfig().exact_up_to)
+    ratio = value(plan(spec, *copies(workers, links, count, seed), config)) / value(best)
+    return ratio * count if objective is Objective.THROUGHPUT else ratio

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from skynet.models.costs import TensorSplit, held_units, model_costs, stage_tensors
-from skynet.models.spec import DTYPE_BYTES, ModelSpec
+from skynet.models.costs import TensorSplit, model_costs
+from skynet.models.spec import ModelSpec
 from skynet.models.split import split_group, whole_share
-from skynet.protocol.plan import LayerSpan, RankShare
+from skynet.protocol.plan import LayerSpan
 
+from .inventory import held_bytes_by_inventory, ranges, stage_tensors
 from .swarms import small_spec
 
 _COMMON = {
@@ -51,18 +52,6 @@ def spec_of(model_type: str, is_tied: bool) -> ModelSpec:
     )
 
 
-def held_by_inventory(spec: ModelSpec, layers: LayerSpan, share: RankShare) -> int:
-    """Bytes counted tensor by tensor and range by range, as a loader would slice them."""
-    total = 0
-    for tensor in stage_tensors(spec, layers):
-        elements = tensor.num_elements
-        if tensor.part is not None:
-            ranges = tensor.ranges(held_units(spec, share, tensor.part))
-            elements = elements // tensor.shape[tensor.dim] * sum(map(len, ranges))
-        total += elements * DTYPE_BYTES[spec.dtype]
-    return total
-
-
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt2"])
 def test_a_whole_model_weighs_what_transformers_holds(model_type: str, is_tied: bool) -> None:
@@ -97,7 +86,7 @@ def test_bytes_of_a_share_equal_its_tensors_sliced_one_by_one(seed: int) -> None
     start = rng.randrange(spec.num_layers)
     layers = LayerSpan(start, rng.randint(start + 1, spec.num_layers))
     for share in split_group(spec, [rng.uniform(0.1, 5) for _ in range(rng.randint(1, 4))]):
-        assert costs.weight_bytes(layers, share) == held_by_inventory(spec, layers, share)
+        assert costs.weight_bytes(layers, share) == held_bytes_by_inventory(spec, layers, share)
 
 
 def test_a_tied_table_is_counted_by_first_and_last_stage_but_once_where_they_are_one() -> None:
@@ -113,7 +102,7 @@ def test_fused_qkv_gives_each_rank_a_range_in_each_third() -> None:
     tensor = next(t for t in stage_tensors(spec, LayerSpan(0, 1)) if t.name.endswith("c_attn.weight"))
     share = split_group(spec, [1, 1])[1]
     assert tensor == TensorSplit("transformer.h.0.attn.c_attn.weight", (64, 192), "heads", 1, 8, blocks=3)
-    assert [(r.start, r.end) for r in tensor.ranges(share.heads)] == [(32, 64), (96, 128), (160, 192)]
+    assert [(r.start, r.end) for r in ranges(tensor, share.heads)] == [(32, 64), (96, 128), (160, 192)]
 
 
 def test_kv_bytes_follow_the_kv_heads_held() -> None:

@@ -8,16 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from skynet.coordinator.planner import Objective, Plan, PlannerConfig, plan
+from skynet.coordinator.planner import Objective, PlannerConfig, plan
 from skynet.coordinator.planner.swarm import Swarm
 from skynet.errors import CapacityError
-from skynet.models.costs import model_costs
-from skynet.models.fit import held_bytes
-from skynet.models.split import whole_share
-from skynet.protocol.plan import LayerSpan
 
 from .exhaustive import best_value
-from .swarms import random_links, random_workers, small_spec
+from .swarms import excess_over_copies, need_bytes, random_links, random_workers, small_spec, token_s, value
 
 
 def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | None:
@@ -27,8 +23,7 @@ def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | No
     config = PlannerConfig(
         objective=rng.choice([Objective.LATENCY, Objective.MEMORY]), min_context_tokens=512, exact_up_to=exact_up_to
     )
-    need = held_bytes(model_costs(spec), LayerSpan(0, spec.num_layers), whole_share(spec), 512)
-    workers = random_workers(rng, num_workers, need)
+    workers = random_workers(rng, num_workers, need_bytes(spec, 512))
     links = random_links(rng, workers)
     least = best_value(Swarm(spec, workers, links, config), cells)
     try:
@@ -38,10 +33,8 @@ def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | No
         return None
     if least is None:  # the planner's shares are finer than the grid
         return 0.0
-    value = _token_s(found)
-    if config.objective is Objective.MEMORY:
-        value += _bytes(found)
-    return value / least - 1
+    tie_breaker = token_s(found) if config.objective is Objective.MEMORY else 0.0
+    return (value(found) + tie_breaker) / least - 1
 
 
 def distribution(seeds: range, num_workers: int, exact_up_to: int, cells: int) -> list[float]:
@@ -82,6 +75,13 @@ def test_the_search_among_five_comes_close_to_trying_every_layout(objective: Obj
     assert max(ratios) <= 1.5
 
 
+def test_a_layout_with_room_for_more_sequences_is_found_behind_quicker_ones_without() -> None:
+    """Among six workers, three layouts that answer one sequence at a time have better step times than the best one."""
+    ratio = excess(535, 6, Objective.THROUGHPUT)
+    assert ratio is not None
+    assert ratio <= 1.05
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("objective", list(Objective))
@@ -93,32 +93,24 @@ def test_the_search_comes_close_to_trying_every_layout_in_many_swarms(objective:
     assert max(ratios) <= 1.5
 
 
+@pytest.mark.parametrize("seed", [702, 703, 708])
+def test_a_large_swarm_of_far_workers_serves_about_as_much_as_its_parts_would(seed: int) -> None:
+    """25 copies of a swarm of four that holds one replica with all its memory, on links too slow for groups."""
+    ratio = excess_over_copies(seed, 4, 25, Objective.THROUGHPUT)
+    assert ratio is not None
+    assert ratio <= 1.05
+
+
 def excess(seed: int, num_workers: int, objective: Objective) -> float | None:
     """Value of the search's plan to that of the best layout, allotments and shares being the planner's in both."""
     rng = random.Random(seed)
     spec = small_spec(rng)
     config = PlannerConfig(objective=objective, min_context_tokens=512, exact_up_to=num_workers)
-    need = held_bytes(model_costs(spec), LayerSpan(0, spec.num_layers), whole_share(spec), 512)
-    workers = random_workers(rng, num_workers, need)
+    workers = random_workers(rng, num_workers, need_bytes(spec, 512))
     links = random_links(rng, workers)
     try:
         exact = plan(spec, workers, links, config)
     except CapacityError:
         return None
     quick = plan(spec, workers, links, replace(config, exact_up_to=0))
-    match objective:
-        case Objective.THROUGHPUT:
-            return exact.batch_tokens_per_s / quick.batch_tokens_per_s
-        case Objective.LATENCY:
-            return _token_s(quick) / _token_s(exact)
-        case Objective.MEMORY:
-            return _bytes(quick) / _bytes(exact)
-
-
-def _token_s(found: Plan) -> float:
-    prediction = found.replicas[0].prediction
-    return 1 / prediction.decode_tokens_per_s + 512 / prediction.prefill_tokens_per_s / 128
-
-
-def _bytes(found: Plan) -> int:
-    return sum(r.weight_bytes + r.kv_bytes for replica in found.replicas for s in replica.stages for r in s.ranks)
+    return value(quick) / value(exact)

@@ -13,7 +13,7 @@ from skynet.coordinator.planner.links import COORDINATOR
 from skynet.coordinator.planner.swarm import StepKind, Swarm
 from skynet.errors import CapacityError
 from skynet.models.config import read_spec
-from skynet.models.costs import model_costs, stage_tensors
+from skynet.models.costs import model_costs
 from skynet.models.fit import held_bytes
 from skynet.models.spec import ModelSpec
 from skynet.models.split import whole_share
@@ -21,6 +21,7 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import LayerSpan
 from skynet.protocol.profile import LinkProfile
 
+from .inventory import stage_tensors
 from .swarms import Workers, random_links, random_workers, small_spec, worker
 
 CONFIG = PlannerConfig()

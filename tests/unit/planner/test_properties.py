@@ -14,12 +14,10 @@ from skynet.errors import CapacityError
 from skynet.models.costs import model_costs
 from skynet.models.fit import held_bytes
 from skynet.models.spec import ModelSpec
-from skynet.models.split import whole_share
 from skynet.protocol.ids import WorkerId
-from skynet.protocol.plan import LayerSpan
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
-from .swarms import random_links, random_workers, small_spec
+from .swarms import need_bytes, random_links, random_workers, small_spec, token_s
 from .test_split import assert_held_once
 
 Case = tuple[ModelSpec, dict[WorkerId, WorkerProfile], list[LinkProfile], PlannerConfig]
@@ -34,10 +32,8 @@ def random_case(seed: int, max_workers: int) -> Case:
     config = PlannerConfig(
         objective=rng.choice(list(Objective)), layout=layout, min_context_tokens=rng.choice([64, 512, 2048])
     )
-    costs = model_costs(spec)
     tokens = min(config.min_context_tokens, spec.max_positions)
-    need = held_bytes(costs, LayerSpan(0, spec.num_layers), whole_share(spec), tokens)
-    workers = random_workers(rng, rng.randint(1, max_workers), need)
+    workers = random_workers(rng, rng.randint(1, max_workers), need_bytes(spec, tokens))
     return spec, workers, random_links(rng, workers, rng.choice([0.0, 0.5, 1.0])), config
 
 
@@ -185,9 +181,4 @@ def test_more_memory_and_faster_workers_never_make_the_best_plan_worse() -> None
             for w, p in workers.items()
         }
         after = plan(spec, richer, links, config)
-        assert _token_s(after, config) <= _token_s(before, config) * 1.04
-
-
-def _token_s(found: Plan, config: PlannerConfig) -> float:
-    p = found.replicas[0].prediction
-    return 1 / p.decode_tokens_per_s + config.prompt_tokens / p.prefill_tokens_per_s / config.answer_tokens
+        assert token_s(after) <= token_s(before) * 1.04
