@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import uvloop
-from admission_world import HOST, LENGTH, World, applicant, false_listener, world
 
 from skynet.coordinator.admission import describe_revocation
 from skynet.coordinator.store import Mode
@@ -24,6 +23,7 @@ from skynet.protocol.hello import Challenge, Refused
 from skynet.protocol.identity import NodeKey, ProcessKey, SwarmKey
 from skynet.protocol.roles import Grant, Role
 from skynet.protocol.tls import server_context
+from tests.security.admission_world import HOST, LENGTH, World, applicant, false_listener, world
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])

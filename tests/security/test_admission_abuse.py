@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from admission_world import HOST, LENGTH, Stranger, World, applicant, world
 
 from skynet.errors import ConfigError, DiscoveryError
 from skynet.protocol.address_limits import AddressLimiter, RateLimit, plain_address
 from skynet.protocol.admission import AdmissionListener, ListenerConfig
 from skynet.protocol.hello import MAX_MESSAGE_BYTES, Hello, Refused, Welcome
 from skynet.protocol.identity import SwarmKey
+from tests.security.admission_world import HOST, LENGTH, Stranger, World, applicant, world
 
 Run = Callable[[Coroutine[object, object, None]], None]
 RUNNERS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])

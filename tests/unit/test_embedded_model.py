@@ -6,13 +6,14 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 DIRECTORY = Path(__file__).parents[2] / "skynet" / "models" / "embedded"
 MAX_BYTES = 10_000_000
@@ -52,14 +53,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model() -> Any:  # transformers types what it generates with as what no model is
     return AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
+def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=num_tokens, do_sample=False, temperature=None, top_p=None)
-    return tokenizer.decode(tokens[0])
+    tokens: Any = model.generate(**prompt, max_new_tokens=num_tokens, do_sample=False, temperature=None, top_p=None)
+    return str(tokenizer.decode(tokens[0]))
 
 
 def test_everything_that_ships_fits_in_ten_megabytes() -> None:
@@ -111,7 +112,7 @@ def test_chat_template_renders_turns_and_the_start_of_an_answer(tokenizer: PreTr
 
 
 def test_greedy_story_is_made_of_words_and_is_the_same_each_time(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     story = continuation(model, tokenizer, 60)
     assert story == continuation(model, tokenizer, 60)
@@ -121,14 +122,16 @@ def test_greedy_story_is_made_of_words_and_is_the_same_each_time(
     assert sum(word in known for word in words) >= 0.95 * len(words)
 
 
-def test_chat_answers_and_ends_its_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chat_answers_and_ends_its_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**prompt, max_new_tokens=20, do_sample=False, temperature=None, top_p=None)
+    prompt: Any = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens: Any = model.generate(**prompt, max_new_tokens=20, do_sample=False, temperature=None, top_p=None)
     assert tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :]) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_perplexity_is_far_below_the_best_unigram(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_perplexity_is_far_below_the_best_unigram(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer(HELD_OUT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=tokens[:, :-1]).logits

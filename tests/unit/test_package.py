@@ -32,6 +32,11 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
     assert all(f"{package.replace('.', '/')}/__init__.py" in sources() for package in with_modules)
 
 
+def test_what_we_ship_and_its_tests_are_type_checked() -> None:
+    assert {"skynet", "cli", "tests"} <= set(PROJECT["tool"]["mypy"]["files"])
+    assert PROJECT["tool"]["mypy"]["strict"] is True
+
+
 def test_a_wheel_holds_every_module_and_every_data_file(tmp_path: Path) -> None:
     setuptools = pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
     wanted = next(r for r in PROJECT["build-system"]["requires"] if r.startswith("setuptools"))

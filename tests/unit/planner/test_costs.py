@@ -58,7 +58,8 @@ def test_a_whole_model_weighs_what_transformers_holds(model_type: str, is_tied: 
     import torch
     import transformers
 
-    fields: dict[str, Any] = {"gpt2": _GPT2, "qwen3_moe": _COMMON | _MOE}.get(model_type, _COMMON)
+    of_type: dict[str, dict[str, Any]] = {"gpt2": _GPT2, "qwen3_moe": _COMMON | _MOE}
+    fields = of_type.get(model_type, _COMMON)
     if model_type == "qwen2":  # its head size follows from the hidden size
         fields = {k: v for k, v in fields.items() if k != "head_dim"}
     config = transformers.AutoConfig.for_model(model_type, tie_word_embeddings=is_tied, **fields)

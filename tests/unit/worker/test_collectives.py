@@ -56,17 +56,18 @@ def test_gradients_through_a_split_layer_equal_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, up0, down0 = (torch.randn(shape, generator=generator) for shape in ((3, 6), (10, 6), (6, 10)))
 
-    def loss(x: Tensor, up: Tensor, down: Tensor, group: LoopbackGroup | SoloGroup) -> Tensor:
+    def loss(weights: list[Tensor], group: LoopbackGroup | SoloGroup) -> Tensor:
+        x, up, down = weights
         inner = F.silu(F.linear(copy_to_ranks(x, group), up))
         return (x + sum_over_ranks(F.linear(inner, down), group)).square().sum()
 
     whole = [t.clone().requires_grad_() for t in (x0, up0, down0)]
-    loss(*whole, SoloGroup()).backward()
+    loss(whole, SoloGroup()).backward()
 
     def work(group: LoopbackGroup) -> list[Tensor]:
         columns = slice(0, 7) if group.rank == 0 else slice(7, 10)
         mine = [t.clone().requires_grad_() for t in (x0, up0[columns], down0[:, columns])]
-        loss(*mine, group).backward()
+        loss(mine, group).backward()
         return [t.grad for t in mine if t.grad is not None]
 
     first, second = run_ranks(LoopbackGroup.create(2), work)
