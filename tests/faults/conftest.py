@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
@@ -16,6 +17,7 @@ from skynet.testing.processes import NodeProcess
 LAYOUTS = ("2x1", "3x1", "1x2", "1x3", "2x2")
 PROMPT = "Once upon a time"
 MAX_TOKENS = 96
+LONG = 256  # tokens of an answer that a change of plan, without anybody's loss, must come into the middle of
 Fault = Callable[["Patient"], None]
 
 
@@ -24,8 +26,7 @@ class Patient:
     """A swarm under treatment: hurts itself on command, and is made whole again afterwards."""
 
     swarm: LocalSwarm
-    undisturbed: CompletionStream
-    victims: Iterator[str] = field(default_factory=lambda: itertools.repeat(""))
+    undisturbed: dict[int, CompletionStream]  # by number of tokens
 
     def serving(self) -> list[list[NodeProcess]]:
         """By stage: the workers that serve now, or next if none does."""
@@ -36,7 +37,7 @@ class Patient:
         """The worker at this place of the layout that serves now."""
         return self.serving()[stage][rank]
 
-    def answer(self, at: dict[int, Fault], timeout_s: float = 90) -> CompletionStream:
+    def answer(self, at: dict[int, Fault], max_tokens: int = MAX_TOKENS, timeout_s: float = 90) -> CompletionStream:
         """The same prompt again, hurt at these token counts; each fault strikes once."""
         pending = dict(at)
 
@@ -44,18 +45,24 @@ class Patient:
             for count in [c for c in pending if len(stream.token_ids) >= c]:
                 pending.pop(count)(self)
 
-        completion = Completion(prompt=PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True, timeout_s=60)
+        completion = Completion(prompt=PROMPT, max_tokens=max_tokens, ignore_eos=True, timeout_s=60)
         stream = self.swarm.complete(completion, strike, timeout_s)
         assert not pending, f"the answer ended before the faults at {sorted(pending)}"
         return stream
 
     def assert_undisturbed(self, stream: CompletionStream) -> None:
         """Same text, each token once."""
-        assert stream.token_ids == self.undisturbed.token_ids
-        assert stream.text == self.undisturbed.text
+        undisturbed = self.undisturbed[stream.completion.max_tokens]
+        assert stream.token_ids == undisturbed.token_ids
+        assert stream.text == undisturbed.text
 
-    def heal(self) -> None:
-        """Bring back as many workers as the layout has, and wait until they all serve."""
+    def assert_moved(self) -> None:
+        """Of the answer that just ended, those who serve now computed the rest."""
+        (replica,) = [r for r in self.swarm.status()["replicas"] if r["phase"] == "serving"]
+        assert 0 < replica["tokens_done"] < LONG, "the change of plan came before or after the answer, not into it"
+
+    def heal(self, num_missing: int = 0, num_spare: int = 0) -> None:
+        """Bring back as many workers as the layout has (some fewer, some more), and wait until they all serve."""
         self.swarm.mend()
         for name, node in list(self.swarm.workers.items()):
             node.resume()
@@ -63,12 +70,15 @@ class Patient:
                 node.wait(30)
             if not node.is_running:
                 del self.swarm.workers[name]
-        while len(self.swarm.workers) < self.swarm.num_workers:
-            self.swarm.start_worker()
-        while len(self.swarm.workers) > self.swarm.num_workers:
-            name, node = self.swarm.workers.popitem()
+        num_serving = self.swarm.num_workers - num_missing
+        num_lacking = num_serving + num_spare - len(self.swarm.workers)
+        started = [self.swarm.start_worker() for _ in range(num_lacking)]
+        for _ in range(-num_lacking):
+            _, node = self.swarm.workers.popitem()
             node.stop()
-        self.swarm.wait_serving(60, num_workers=self.swarm.num_workers)
+        for node in started:
+            node.wait_for("worker ready", 60)
+        self.swarm.wait_serving(60, num_workers=num_serving)
 
 
 def kill_last(patient: Patient) -> None:
@@ -95,12 +105,39 @@ def join(patient: Patient) -> None:
     patient.swarm.start_worker().wait_for("worker ready", 60)
 
 
+def join_mid_answer(patient: Patient) -> None:
+    """Those who serve are held until the newcomer is there: it takes longer to start than they to answer."""
+    with held(patient.holding(-1, -1)):
+        join(patient)
+
+
+@contextmanager
+def held(node: NodeProcess) -> Iterator[None]:
+    """It stands still for a second at a time, and says in between that it lives: nobody takes it for lost."""
+    is_over = threading.Event()
+
+    def hold() -> None:
+        while not is_over.is_set():
+            node.pause()
+            is_over.wait(1.0)
+            node.resume()
+            is_over.wait(0.02)
+
+    holder = threading.Thread(target=hold, name=f"hold-{node.name}")
+    holder.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        holder.join()
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def shared_patient(request: pytest.FixtureRequest) -> Iterator[Patient]:
     config = LocalSwarmConfig(layout=request.param, dtype="float32")
     with LocalSwarm(config) as swarm:
-        completion = Completion(prompt=PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
-        yield Patient(swarm, swarm.complete(completion))
+        completions = {n: Completion(prompt=PROMPT, max_tokens=n, ignore_eos=True) for n in (MAX_TOKENS, LONG)}
+        yield Patient(swarm, {n: swarm.complete(completion) for n, completion in completions.items()})
 
 
 @pytest.fixture(scope="session")
@@ -112,4 +149,18 @@ def cuttable() -> None:
 @pytest.fixture
 def patient(shared_patient: Patient) -> Patient:
     shared_patient.heal()
+    return shared_patient
+
+
+@pytest.fixture
+def short_patient(shared_patient: Patient) -> Patient:
+    """One worker fewer than the layout needs."""
+    shared_patient.heal(num_missing=1)
+    return shared_patient
+
+
+@pytest.fixture
+def rich_patient(shared_patient: Patient) -> Patient:
+    """One worker more than the layout needs, so that something is left to lose."""
+    shared_patient.heal(num_spare=1)
     return shared_patient

@@ -13,7 +13,7 @@ from skynet.testing import cuts
 from skynet.testing.local_swarm import LocalSwarm, LocalSwarmConfig
 from skynet.testing.processes import NodeProcess
 
-from .conftest import MAX_TOKENS, PROMPT, Patient, cut_neighbours, cut_off, join, kill_first, kill_last
+from .conftest import LONG, MAX_TOKENS, PROMPT, Patient, cut_neighbours, cut_off, join_mid_answer, kill_first, kill_last
 
 MIB = 1 << 20
 
@@ -83,7 +83,7 @@ FAULTS: dict[str, Callable[[Patient], None]] = {
     "kill first": kill_first,
     "hang": lambda patient: patient.holding(0, 0).pause(),
     "leave": lambda patient: patient.holding(-1, 0).interrupt(),
-    "join": join,
+    "join": join_mid_answer,
     "cut workers": cut_neighbours,
     "cut off": cut_off,
 }
@@ -92,13 +92,11 @@ FAULTS: dict[str, Callable[[Patient], None]] = {
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(10))
-def test_faults_at_random_moments_change_nothing(patient: Patient, seed: int) -> None:
-    choose = random.Random(seed)
+def test_faults_at_random_moments_change_nothing(shared_patient: Patient, seed: int) -> None:
+    choose, patient = random.Random(seed), shared_patient
     possible = sorted(name for name in FAULTS if not (name.startswith("cut") and cuts.missing()))
     for _ in range(3):
-        patient.heal()
         moments = choose.sample(range(2, MAX_TOKENS - 10), k=choose.choice((1, 1, 2)))
         faults = {moment: FAULTS[choose.choice(possible)] for moment in moments}
-        if len(faults) > 1:
-            join(patient)  # so that something is left to lose
-        patient.assert_undisturbed(patient.answer(faults))
+        patient.heal(num_spare=len(faults) - 1)  # so that something is left to lose
+        patient.assert_undisturbed(patient.answer(faults, LONG))
