@@ -119,7 +119,7 @@ def test_only_the_end_of_a_long_output_is_kept(tmp_path: Path) -> None:
             "of memory, 67108864 are lent",
         ),
         (
-            "import mmap, time\nm = mmap.mmap(-1, 80 << 20)\nfor _ in range(80): m.write(bytes(1 << 20))\ntime.sleep(9)",
+            "import mmap, time\nm = mmap.mmap(-1, 80<<20)\nfor _ in range(80): m.write(bytes(1 << 20))\ntime.sleep(9)",
             "of memory, 67108864 are lent",
         ),
     ],
