@@ -54,9 +54,9 @@ def _ask(message: AdminMessage, as_json: bool, coordinator: str | None, swarm: s
         config = client_config(coordinator, swarm, invite)
     try:
         answer = run_async(command(message, config))
+        typer.echo(json.dumps(answer) if as_json else printable(str(answer.get("text", answer))))
     except Exception as exc:
         fail(exc)
-    typer.echo(json.dumps(answer) if as_json else printable(str(answer["text"])))
 
 
 def _id() -> RequestId:

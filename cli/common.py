@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import sys
@@ -15,7 +14,7 @@ import typer
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 EXIT_WRONG_FILE = 2
-EXIT_BROKEN_PIPE = 141  # as a shell shows a process that SIGPIPE ended
+EXIT_BROKEN_PIPE = 141  # whoever read our output has gone (`| head`); as a shell shows what SIGPIPE ended
 EXIT_TERMINATED = 143  # by SIGTERM
 # What moves a terminal's cursor, changes its settings or the order in which it shows text; tabs and newlines are fine.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -55,8 +54,6 @@ def fail(exc: BaseException) -> NoReturn:
     while isinstance(exc, BaseExceptionGroup) and (len(exc.exceptions) == 1 or exc.split(SkyNetError)[1] is None):
         exc = exc.exceptions[0]
     if isinstance(exc, BrokenPipeError) and exc.filename is None:
-        # Whoever read our output has gone (`| head`); what is buffered must not fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     if isinstance(exc, SkyNetError):
         typer.echo(f"error: {printable(str(exc))}", err=True)

@@ -11,6 +11,7 @@ from skynet.client.environment import OF_LIBRARIES, VARIABLES
 
 from . import admin, ask, serve
 from .common import fail, set_up_warnings
+from .streams import set_up_streams
 
 app = typer.Typer(
     name="skynet",
@@ -20,8 +21,8 @@ app = typer.Typer(
     help="Pool the machines you have and run large language models across them.\n\n"
     'Start `skynet coordinator` on one machine, `skynet worker` on others, then `skynet infer "your prompt"`.\n\n'
     'Example: skynet demo "Once upon a time"\n\n'
-    "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file, 3 protocol, 4 no coordinator found, 5 not admitted, "
-    "6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted, "
+    "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file (or an output that can't be written), 3 protocol, "
+    "4 no coordinator found, 5 not admitted, 6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted, "
     "141 nobody read the output to its end, 143 terminated.",
     epilog="Environment, where no option says otherwise:\n\n"
     + "\n\n".join(f"{name}: {meaning}." for name, meaning in (*VARIABLES.items(), *OF_LIBRARIES.items())),
@@ -52,6 +53,7 @@ admin.register(app)
 
 def main() -> None:
     """Entry point: every error we raise on purpose becomes one line on stderr and its own exit code."""
+    set_up_streams()
     set_up_warnings()
     try:
         app(standalone_mode=True)
