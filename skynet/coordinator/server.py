@@ -40,7 +40,6 @@ from skynet.protocol.ids import PeerId, RequestId, WorkerId
 from skynet.protocol.messages import (
     TO_COORDINATOR,
     WORK_TO_COORDINATOR,
-    Aborted,
     Answer,
     Approve,
     BadChunk,
@@ -373,8 +372,6 @@ class CoordinatorServer:
                 self.control.send(peer, Pong(nonce=message.nonce))
             case Pong():
                 self.engine.on_pong(worker_id, message)
-            case Aborted():
-                pass
             case _:
                 assert_never(message)
 

@@ -121,14 +121,6 @@ class Linked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Aborted:
-    """Worker -> coordinator: its compute thread has left every step of this epoch."""
-
-    kind: ClassVar[str] = "aborted"
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
     """Worker -> coordinator: "move my work elsewhere, then let me go"."""
 
@@ -198,7 +190,6 @@ class Prepare:
     assignment: StageAssignment
     peers: tuple[PeerInfo, ...]  # of its stages: to link with
     sources: tuple[PeerInfo, ...]  # who may hold chunks: to fetch from
-    replaces: Epoch | None = None  # drop this epoch's shard first: both don't fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,17 +489,7 @@ class Pong:
 
 
 WorkerMessage = (
-    Join
-    | Heartbeat
-    | LoadProgress
-    | Prepared
-    | PrepareFailed
-    | Linked
-    | Aborted
-    | Leaving
-    | ProbeReport
-    | BadChunk
-    | Pong
+    Join | Heartbeat | LoadProgress | Prepared | PrepareFailed | Linked | Leaving | ProbeReport | BadChunk | Pong
 )
 WorkMessage = StepDone | StepFailed | Ping  # a Ping opens the link: only then can work be sent there
 ClientMessage = Submit | Cancel | GetStatus | GetProfiles
@@ -518,7 +499,7 @@ ToWorker = Joined | Prepare | Link | Abort | Discard | Probe | ShareChunks | Shu
 ToClient = Tokens | Finished | Notice | Failed | Answer | Pong | Evicted
 
 TO_COORDINATOR: Final[tuple[type[ToCoordinator], ...]] = (
-    Join, Heartbeat, LoadProgress, Prepared, PrepareFailed, Linked, Aborted, Leaving, ProbeReport, BadChunk,
+    Join, Heartbeat, LoadProgress, Prepared, PrepareFailed, Linked, Leaving, ProbeReport, BadChunk,
     Submit, Cancel, GetStatus, GetProfiles, Ping, Pong,
     CreateInvite, ListInvites, RevokeInvite, ListNodes, Approve, Revoke, Drain,
 )  # fmt: skip

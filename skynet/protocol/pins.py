@@ -96,15 +96,6 @@ class Pins:
                 self._write(news)
         return is_first
 
-    def forget(self, name: str) -> bool:
-        """Remove every pin of this name; False if there was none."""
-        with locked(self._path):
-            pins = self.all()
-            kept = tuple(pin for pin in pins if pin.name != name)
-            if len(kept) < len(pins):
-                self._write(kept)
-        return len(kept) < len(pins)
-
     def _write(self, pins: tuple[Pin, ...]) -> None:
         write_private(self._path, msgspec.json.format(msgspec.json.encode(pins)))
 

@@ -44,7 +44,6 @@ MAY_SEND: Final[Mapping[str, frozenset[Role]]] = {
     "prepared": _WORKER,
     "prepare_failed": _WORKER,
     "linked": _WORKER,
-    "aborted": _WORKER,
     "leaving": _WORKER,
     "probe_report": _WORKER,
     "bad_chunk": _WORKER,

@@ -359,8 +359,6 @@ class Agent:
         started = time.monotonic()
         try:
             async with self._loading:
-                if order.replaces is not None:
-                    self._discard(order.replaces)
                 await self._sharing.use_sources([self._reachable(peer) for peer in order.sources])
                 self._keep_only([o for o, _ in self._loads.values()])
                 stage = await asyncio.to_thread(self._loader.load, order, cancel, on_progress)

@@ -22,7 +22,7 @@ from skynet.errors import ConfigError, Nonsense, ProtocolError, SkyNetError, Ste
 from skynet.protocol.channel import DataChannel
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.ids import PeerId, WorkerId
-from skynet.protocol.messages import WORK_TO_WORKER, Aborted, Linked, PeerInfo, Ping, Prepared, ProbeReport
+from skynet.protocol.messages import WORK_TO_WORKER, Linked, PeerInfo, Ping, Prepared, ProbeReport
 from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.profile import LinkProfile
 from skynet.protocol.sockets import Port, SocketFactory
@@ -103,7 +103,7 @@ class Ended:
     """The thread ends, asked to or not; the last that the agent hears of it."""
 
 
-Report = Prepared | Linked | Aborted | ProbeReport | Dropped | Ended
+Report = Prepared | Linked | ProbeReport | Dropped | Ended
 
 
 @dataclass(slots=True)
@@ -177,7 +177,7 @@ class ComputeThread:
             self.channel.wake()
 
     def abort(self, epoch: Epoch) -> None:
-        """Leave every step of this epoch now; Aborted is reported when that is done."""
+        """Leave every step of this epoch now."""
         self._aborted.add(epoch)
         if self.channel is not None:
             self.channel.abort(epoch)
@@ -237,7 +237,7 @@ class ComputeThread:
                 logger.warning("order failed order=%s reason=%s", type(order).__name__, exc)
             except Exception:  # a bug of ours, or a library's surprise: this thread must outlive it
                 logger.exception("order failed order=%s", type(order).__name__)
-        self._confirm_aborts()
+        self._note_aborts()
         try:
             sockets = [self._work.socket] if self._work is not None else []
             if self._open_channel.wait(sockets, time.monotonic() + IDLE_S) and self._work is not None:
@@ -246,13 +246,12 @@ class ComputeThread:
             pass
         return True
 
-    def _confirm_aborts(self) -> None:
+    def _note_aborts(self) -> None:
         for epoch in list(self._aborted):
             self._aborted.discard(epoch)
             held = self._epochs.get(epoch)
             if held is not None:
                 held.is_aborted = True
-            self._report(Aborted(epoch=epoch))
 
     def _carry_out(self, order: Order) -> None:
         match order:

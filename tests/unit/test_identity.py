@@ -147,8 +147,6 @@ def test_another_key_for_a_pinned_name_is_refused_with_both_fingerprints(tmp_pat
     assert pins.keys_of("home") == (known.public_key,)
     assert pins.pin("home", other.public_key, NOW, beside_others=True) is True
     assert set(pins.keys_of("home")) == {known.public_key, other.public_key}
-    assert pins.forget("home")
-    assert pins.all() == ()
 
 
 def test_an_address_belongs_to_the_last_swarm_pinned_there(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from skynet.errors import WorkerError
 from skynet.protocol.identity import ProcessKey
 from skynet.protocol.ids import PeerId, WorkerId
-from skynet.protocol.messages import Aborted, Busy, PeerInfo, ProbeReport
+from skynet.protocol.messages import Busy, PeerInfo, ProbeReport
 from skynet.protocol.plan import Epoch
 from skynet.protocol.sockets import SocketFactory
 from skynet.worker.collectives import SoloGroup
@@ -54,7 +54,6 @@ def test_aborts_and_drops_of_unknown_epochs_leave_nothing(bench: Bench) -> None:
         bench.compute.order(Drop(epoch))
         bench.compute.abort(epoch)  # the coordinator may discard twice
         bench.compute.order(Drop(epoch))
-        assert isinstance(bench.reports.get(timeout=WAIT_S), Aborted)
     bench.settle()
     assert bench.compute.channel is not None
     assert not bench.compute._aborted
