@@ -17,10 +17,11 @@ import pytest
 import zmq
 
 from skynet.client.swarm import Completion, CompletionStream, Event, Swarm
-from skynet.errors import AdmissionRefused, NotPermitted
+from skynet.errors import AdmissionRefused, ConfigError, NotPermitted, SkyNetError
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import EntranceConfig, Ticket, enter
 from skynet.protocol.ids import RequestId
+from skynet.protocol.invites import Invite, new_secret
 from skynet.protocol.messages import (
     TO_CLIENT,
     Approve,
@@ -97,6 +98,13 @@ def owner(swarm: LocalSwarm, *arguments: str) -> dict[str, object]:
 
 def infer(swarm: LocalSwarm, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return command(home, "infer", "Once", "--max-tokens", "2", "--coordinator", f"127.0.0.1:{swarm.port}", *options)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], error: type[SkyNetError], sentence: str) -> None:
+    """In words and with the documented exit code: a traceback is no refusal."""
+    assert done.returncode == error.exit_code, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def ticket(swarm: LocalSwarm, home: Path, role: Role) -> Ticket:
@@ -307,17 +315,18 @@ def test_in_invite_mode_an_invite_admits_as_many_nodes_as_it_says(
     swarm = in_mode("invite")
     assert "ask its owner for one" in infer(swarm, tmp_path / "first").stderr
     invite = str(owner(swarm, "invite", "create", "--role", "client", "--uses", "1")["invite"])
-    forged = invite[:-12] + ("a" if invite[-12] != "a" else "b") + invite[-11:]
-    assert infer(swarm, tmp_path / "first", "--invite", forged).returncode != 0
+    damaged = invite[:-12] + ("a" if invite[-12] != "a" else "b") + invite[-11:]
+    forged = str(replace(Invite.parse(invite), secret=new_secret()))
+    assert_refused(infer(swarm, tmp_path / "first", "--invite", damaged), ConfigError, "its checksum doesn't match")
+    assert_refused(infer(swarm, tmp_path / "first", "--invite", forged), AdmissionRefused, "never gave out that invite")
     assert infer(swarm, tmp_path / "first", "--invite", invite).returncode == 0
     assert infer(swarm, tmp_path / "first").returncode == 0  # what an invite gave stays
     exhausted = infer(swarm, tmp_path / "second", "--invite", invite)
-    assert exhausted.returncode == AdmissionRefused.exit_code
-    assert "ask for a new one" in exhausted.stderr or "used" in exhausted.stderr
+    assert_refused(exhausted, AdmissionRefused, "the invite was for 1 node and is used up; ask for a new one")
     as_worker = command(
         tmp_path / "third", "worker", "--device", "cpu", "--coordinator", f"127.0.0.1:{swarm.port}", "--invite", invite
     )
-    assert as_worker.returncode == AdmissionRefused.exit_code
+    assert_refused(as_worker, AdmissionRefused, "the invite admits a client, not a worker")
     for_worker = str(owner(swarm, "invite", "create")["invite"])
     invited = swarm.start_worker("invited", ("--invite", for_worker), home=tmp_path / "fourth")
     invited.wait_for("worker ready", 60)
