@@ -20,7 +20,7 @@ from skynet.worker.collectives import SoloGroup
 from skynet.worker.stage.adapters import LowRank, shard_adapter
 from skynet.worker.stage.loader import load_stage
 from tests.oracle.checkpoints import Checkpoint
-from tests.oracle.scenario import LONG, TABLES, make_step, run_scenario
+from tests.oracle.scenario import LONG, make_step, run_scenario
 
 Named = Callable[[str], Checkpoint]
 CPU = torch.device("cpu")
@@ -46,28 +46,6 @@ def test_a_refused_step_leaves_the_cache_as_it_was(checkpoint_named: Named) -> N
     with pytest.raises(StepRejected):
         replica.run(make_step(1, [(0, [1], len(LONG), True), (1, [131], 0, True)]))
     assert all(torch.equal(cache.layer(i), layer) for i, layer in enumerate(before))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_an_exported_sequence_goes_on_in_other_blocks_of_another_replica(checkpoint_named: Named, name: str) -> None:
-    checkpoint = checkpoint_named(name)
-    source = DirectorySource(checkpoint.path)
-    old, new = (
-        LoopbackReplica(checkpoint.config, source, assignments(checkpoint.config, [(1.0, 1.0)])) for _ in range(2)
-    )
-    first = old.run(make_step(0, [(0, LONG, 0, True)]))
-    count = -(-len(LONG) // 4)
-    used, free = TABLES[0][:count], (3, 30, 1, 25, 40, 2)[:count]
-    for ours, theirs in zip(old.stages[0], new.stages[0], strict=True):
-        for layer in range(4):
-            theirs.cache.import_blocks(layer, free, ours.cache.export_blocks(layer, used))
-    step = make_step(1, [(1, first, len(LONG), True)])  # TABLES[1] begins with `free`
-    expected = old.run_with_logits(make_step(1, [(0, first, len(LONG), True)]))
-    assert torch.allclose(new.run_with_logits(step).logits, expected.logits, atol=1e-4)
-    with pytest.raises(StepRejected, match="blocks"):
-        new.stages[0][0].cache.export_blocks(0, [64])
-    with pytest.raises(StepRejected, match="belongs there"):
-        new.stages[0][0].cache.import_blocks(0, [1, 2], torch.zeros(2, 1, 3, 4, 16))
 
 
 def test_ranks_hold_between_them_each_matrix_once(checkpoint_named: Named) -> None:

@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from skynet.errors import StepRejected
 
 
 class KvCache:
@@ -57,29 +54,6 @@ class KvCache:
     def layer(self, index: int) -> Tensor:
         """[2, h, slots, K] of this stage's layer `index`: keys, then values; writing it changes the cache."""
         return self._layers[index]
-
-    def export_blocks(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """A copy of one layer's blocks, [2, h, len(blocks), block_size, K], to be sent elsewhere."""
-        return self._paged(layer)[:, :, self._checked(blocks)]
-
-    def import_blocks(self, layer: int, blocks: Sequence[int], content: Tensor) -> None:
-        """Puts an exported copy at `blocks`. Raises StepRejected for blocks or a shape that don't fit."""
-        index, paged = self._checked(blocks), self._paged(layer)
-        expected = (*paged.shape[:2], len(blocks), *paged.shape[3:])
-        if tuple(content.shape) != expected or content.dtype != paged.dtype:
-            raise StepRejected(
-                f"KV copy of {content.dtype}{list(content.shape)}; {paged.dtype}{list(expected)} belongs there"
-            )
-        paged[:, :, index] = content.to(paged.device)
-
-    def _paged(self, layer: int) -> Tensor:
-        flat = self._layers[layer]
-        return flat.view(2, flat.shape[1], self.num_blocks, self.block_size, flat.shape[3])
-
-    def _checked(self, blocks: Sequence[int]) -> Tensor:
-        if any(not 0 <= block < self.num_blocks for block in blocks):
-            raise StepRejected(f"blocks {list(blocks)[:8]} aren't all within [0, {self.num_blocks})")
-        return torch.tensor(blocks, dtype=torch.int64, device=self._layers[0].device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
