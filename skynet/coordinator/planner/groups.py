@@ -221,17 +221,25 @@ class Group:
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """By speed; then, where memory binds before all layers are held, shares that make room for more layers."""
+        """By speed; then, where memory binds first, shares that make room for a batch's cache, and for more layers."""
         swarm, num_layers = self.swarm, self.swarm.spec.num_layers
         weights = tuple(rate / self.read_rates[0] for rate in self.read_rates)
         shares = swarm.share_cache.get(weights)
         if shares is None:
             shares = swarm.share_cache[weights] = split_group(swarm.spec, weights)
         found = [self.variant(shares)]
-        if len(self.members) == 1 or found[0].fits(0, num_layers):
+        if len(self.members) == 1:
             return found
-        for layers in self._targets(found[0]):
-            limits = [swarm.memory[m] for m in self.members]
+        limits = [swarm.memory[m] for m in self.members]
+        for kv_tokens, num_bytes in swarm.kv_rooms:  # with the most sequences at once
+            if found[0].fits(0, num_layers, kv_tokens):
+                break
+            if num_bytes <= sum(limits):
+                within = split_group_within(swarm.costs, weights, limits, LayerSpan(0, num_layers), kv_tokens)
+                if within is not None:
+                    found.append(self.variant(within))
+                    break
+        for layers in () if found[0].fits(0, num_layers) else self._targets(found[0]):
             within = split_group_within(swarm.costs, weights, limits, layers, swarm.min_tokens)
             if within is not None and within not in [v.shares for v in found]:
                 found.append(self.variant(within))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from skynet.coordinator.planner.config import Objective, PlannerConfig
@@ -84,10 +85,24 @@ class Swarm:
         config = self.config
         if config.objective is not Objective.THROUGHPUT or config.kv_share == 0:
             return [self.min_tokens]
-        per_sequence = config.prompt_tokens + config.answer_tokens
-        wanted = [min(count * per_sequence, self.max_blocks * config.block_size) for count in (config.batch, 3, 1)]
-        needed = {int((tokens - self.min_tokens) / config.kv_share) for tokens in wanted}
-        return [*(self.min_tokens + extra for extra in sorted(needed, reverse=True) if extra > 0), self.min_tokens]
+        counts = range(1, config.batch + 1) if len(self.ids) <= _FULL_VARIANTS else (1, 3, config.batch)
+        return sorted({*map(self._kv_for, counts), self.min_tokens}, reverse=True)
+
+    def _kv_for(self, num_sequences: int) -> int:
+        """Positions to leave room for, so that this many typical requests fit into what becomes cache."""
+        config = self.config
+        tokens = num_sequences * (config.prompt_tokens + config.answer_tokens)
+        extra = min(tokens, self.max_blocks * config.block_size) - self.min_tokens
+        return self.min_tokens + max(0, int(extra / config.kv_share))
+
+    @cached_property
+    def kv_rooms(self) -> list[tuple[int, int]]:
+        """(Positions to leave room for, bytes of one replica with them) of a whole batch, then of fewer sequences."""
+        if len(self.kv_targets) == 1:
+            return []
+        everything, counts = LayerSpan(0, self.spec.num_layers), range(self.config.batch, 0, -1)
+        targets = [kv for kv in dict.fromkeys(map(self._kv_for, counts)) if kv > self.min_tokens]
+        return [(kv, held_bytes(self.costs, everything, self.whole, kv)) for kv in targets]
 
     def group(self, members: tuple[int, ...]) -> Group:
         """The group of these workers, ranks in this order."""

@@ -56,9 +56,40 @@ def share_grid(group: Group, cells: int) -> list[Variant]:
     return found
 
 
+def best_rate(swarm: Swarm, cells: int = 8) -> float:
+    """The most tokens per second of any replicas side by side, all busy; 0 if nothing fits. For three workers or so.
+
+    Cache is shared by all stages, so that the shares of one can't be judged without the others': all are tried.
+    """
+    grids: dict[tuple[int, ...], list[Variant]] = {}
+
+    def placed(members: tuple[int, ...], start: int, end: int) -> list[Placed]:
+        if members not in grids:
+            grids[members] = share_grid(swarm.group(members), cells)
+        return [Placed(v, start, end) for v in grids[members] if v.fits(start, end)]
+
+    rates: dict[frozenset[int], float] = {}
+    for count in range(1, len(swarm.ids) + 1):
+        for subset in itertools.combinations(range(len(swarm.ids)), count):
+            for arrangement in ordered_partitions(swarm.canonical(subset), swarm.config.max_group_size):
+                for counts in compositions(swarm.spec.num_layers, len(arrangement), 1):
+                    edges = itertools.pairwise(itertools.accumulate(counts, initial=0))
+                    choices = [placed(m, a, b) for m, (a, b) in zip(arrangement, edges, strict=True)]
+                    for stages in itertools.product(*choices):
+                        rate = finish(swarm, stages).prediction.batch_tokens_per_s
+                        rates[frozenset(subset)] = max(rate, rates.get(frozenset(subset), 0.0))
+
+    def most(free: frozenset[int]) -> float:
+        return max((rate + most(free - used) for used, rate in rates.items() if used <= free), default=0.0)
+
+    return most(frozenset(range(len(swarm.ids))))
+
+
 def best_value(swarm: Swarm, cells: int = 8) -> float | None:
-    """The least value of any single replica, None if nothing fits. For sums over stages: latency and memory."""
-    assert swarm.config.objective is not Objective.THROUGHPUT
+    """The least value of any single replica, None if nothing fits. Of any set of replicas for throughput."""
+    if swarm.config.objective is Objective.THROUGHPUT:
+        rate = best_rate(swarm, cells)
+        return 1 / rate if rate else None
     best: Chain | None = None
     stage_cache: dict[tuple[tuple[int, ...], int, int], Placed | None] = {}
     grids: dict[tuple[int, ...], list[Variant]] = {}

@@ -15,14 +15,16 @@ from skynet.errors import CapacityError
 from .exhaustive import best_value
 from .swarms import excess_over_copies, need_bytes, random_links, random_workers, small_spec, token_s, value
 
+SINGLE = (Objective.LATENCY, Objective.MEMORY)  # one replica serves
 
-def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | None:
+
+def gap(
+    seed: int, num_workers: int, exact_up_to: int, cells: int, objectives: tuple[Objective, ...] = SINGLE
+) -> float | None:
     """Relative excess of the chosen plan's value over the least one; None where nothing fits."""
     rng = random.Random(seed)
     spec = small_spec(rng, max_layers=4 if num_workers > 3 else 6)
-    config = PlannerConfig(
-        objective=rng.choice([Objective.LATENCY, Objective.MEMORY]), min_context_tokens=512, exact_up_to=exact_up_to
-    )
+    config = PlannerConfig(objective=rng.choice(objectives), min_context_tokens=512, exact_up_to=exact_up_to)
     workers = random_workers(rng, num_workers, need_bytes(spec, 512))
     links = random_links(rng, workers)
     least = best_value(Swarm(spec, workers, links, config), cells)
@@ -37,8 +39,10 @@ def gap(seed: int, num_workers: int, exact_up_to: int, cells: int) -> float | No
     return (value(found) + tie_breaker) / least - 1
 
 
-def distribution(seeds: range, num_workers: int, exact_up_to: int, cells: int) -> list[float]:
-    found = [gap(seed, num_workers, exact_up_to, cells) for seed in seeds]
+def distribution(
+    seeds: range, num_workers: int, exact_up_to: int, cells: int, objectives: tuple[Objective, ...] = SINGLE
+) -> list[float]:
+    found = [gap(seed, num_workers, exact_up_to, cells, objectives) for seed in seeds]
     gaps = sorted(g for g in found if g is not None)
     assert len(gaps) >= len(seeds) / 3
     return gaps
@@ -49,6 +53,15 @@ def test_plans_of_small_swarms_are_within_five_percent_of_the_best(exact_up_to: 
     gaps = distribution(range(40), 2, exact_up_to, 8) + distribution(range(100, 105), 3, exact_up_to, 5)
     assert statistics.median(gaps) <= 0.03
     assert statistics.quantiles(gaps, n=20)[-1] <= 0.05
+
+
+@pytest.mark.parametrize("exact_up_to", [4, 0], ids=["exact", "heuristic"])
+def test_plans_for_throughput_are_within_five_percent_of_the_best(exact_up_to: int) -> None:
+    busy = (Objective.THROUGHPUT,)
+    gaps = distribution(range(140), 2, exact_up_to, 8, busy) + distribution(range(1200, 1225), 3, exact_up_to, 4, busy)
+    assert statistics.median(gaps) <= 0.01
+    assert statistics.quantiles(gaps, n=20)[-1] <= 0.05
+    assert max(gaps) <= 0.5
 
 
 @pytest.mark.long
