@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +14,8 @@ from skynet.errors import CapacityError
 from skynet.protocol.entrance import COORDINATOR
 from skynet.protocol.ids import LeaseId, SequenceId, WorkerId
 from skynet.protocol.plan import Epoch
+
+logger = logging.getLogger(__name__)
 
 NO_WORKER: Final = CapacityError("no worker has joined yet")
 
@@ -65,7 +67,7 @@ class Fleet:
         for replica in self.replicas:
             replica.scheduler.cancel(sequence_id)
 
-    def put_into_service(self, replica: Replica, now: float) -> None:
+    def put_into_service(self, replica: Replica, now: float, lease_s: float) -> None:
         """From now on it takes sequences. A shard in service is a lease of its worker, like whatever else it may be."""
         for stage in replica.plan.stages:
             for rank in stage.ranks:
@@ -76,11 +78,17 @@ class Fleet:
                     worker=rank.worker_id,
                     resources={"memory_bytes": rank.weight_bytes + rank.kv_bytes},
                     epoch=replica.epoch,
-                    ends_at=math.inf,  # as long as the replica serves: released with it, or freed with its worker
+                    ends_at=now + lease_s,  # `renew` moves it
                 )
                 self.leases.grant(lease, now)
         self.replicas.append(replica)
         self.shortage, self.has_served = None, True
+
+    def renew(self, ends_at: Mapping[WorkerId, float], now: float) -> None:
+        """A shard in service is leased until its worker's membership ends. Leases that nobody renewed end."""
+        self.leases.renew(LeaseKind.STAGE, ends_at)
+        for lease in self.leases.expire(now):
+            logger.info("lease ended lease=%s kind=%s worker=%s", lease.lease_id, lease.kind, lease.worker)
 
     def release(self, replica: Replica) -> None:
         """Forget a replica; its sequences go back to the queue with what they have."""

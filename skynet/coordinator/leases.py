@@ -1,12 +1,14 @@
 """Every promise that a worker does something for someone, in one table. Pure: the time is an argument.
 
-One place frees what a vanished holder or worker held. Ids survive a restart of the coordinator (`export`, `restore`),
-and commands are idempotent by (id, epoch): a repeated one changes nothing, one of an older epoch is refused.
+A lease lasts until its end, which its worker's signs of life may move; one place frees what a vanished holder or
+worker held. Commands are idempotent by (id, epoch): a repeated one changes nothing, one of an older epoch is refused.
+Ids are text, for whoever grants to choose. Those of shards in service name the epoch: they don't outlive a restart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -64,9 +66,6 @@ class LeaseTable:
     def of_worker(self, worker: WorkerId) -> tuple[Lease, ...]:
         return tuple(lease for lease in self._leases.values() if lease.worker == worker)
 
-    def of_holder(self, holder: PeerId) -> tuple[Lease, ...]:
-        return tuple(lease for lease in self._leases.values() if lease.holder == holder)
-
     def lend(self, worker: WorkerId, capacity: Mapping[str, int]) -> None:
         """What this worker lends in all. Resources it doesn't name aren't lent."""
         self._capacity[worker] = dict(capacity)
@@ -102,16 +101,11 @@ class LeaseTable:
         self._leases[lease.lease_id] = lease
         return lease
 
-    def renew(self, lease_id: LeaseId, epoch: Epoch, ends_at: float, now: float) -> Lease | None:
-        """Move the end, never backwards; None if the lease is over or gone, and must be granted anew."""
-        held = self._leases.get(lease_id)
-        if held is None or held.ends_at <= now:
-            return None
-        if epoch < held.epoch:
-            raise StepRejected(f"lease {lease_id}: is of epoch {held.epoch}, a renewal of {epoch} came late")
-        renewed = replace(held, ends_at=max(held.ends_at, ends_at))
-        self._leases[lease_id] = renewed
-        return renewed
+    def renew(self, kind: LeaseKind, ends_at: Mapping[WorkerId, float]) -> None:
+        """Signs of life: leases of this kind last as long as their workers are sure to be there, never shorter."""
+        for lease in self.export():
+            if lease.kind is kind and ends_at.get(lease.worker, -math.inf) > lease.ends_at:
+                self._leases[lease.lease_id] = replace(lease, ends_at=ends_at[lease.worker])
 
     def release(self, lease_id: LeaseId, epoch: Epoch) -> Lease | None:
         """Give a lease back; None if it was already. Raises StepRejected if a newer epoch has granted it since."""
@@ -132,13 +126,8 @@ class LeaseTable:
         return self._free_all(lambda lease: peer in (lease.holder, lease.worker))
 
     def export(self) -> tuple[Lease, ...]:
-        """Everything, for the store."""
+        """Everything, in the order of granting."""
         return tuple(self._leases.values())
-
-    def restore(self, leases: Iterable[Lease], now: float, grace_s: float) -> None:
-        """Take leases over from before a restart. Clocks don't survive one: each holder has `grace_s` to renew."""
-        for lease in leases:
-            self._leases[lease.lease_id] = replace(lease, ends_at=now + grace_s)
 
     def _free_all(self, is_over: Callable[[Lease], bool]) -> tuple[Lease, ...]:
         freed = tuple(lease for lease in self._leases.values() if is_over(lease))

@@ -108,7 +108,11 @@ class Membership:
 
     def expired(self, now: float) -> list[WorkerId]:
         """Members whose lease has run out."""
-        return [m.worker_id for m in self.members.values() if now - m.last_heard > self.lease_s]
+        return [worker_id for worker_id, end in self.lease_ends().items() if end <= now]
+
+    def lease_ends(self) -> dict[WorkerId, float]:
+        """When each member's lease runs out, unless it is heard before."""
+        return {m.worker_id: m.last_heard + self.lease_s for m in self.members.values()}
 
     def work_linked(self, worker_id: WorkerId) -> bool:
         """Its compute thread can be reached. True if that is news."""

@@ -165,7 +165,7 @@ class Transitions:
         if replica.fault is not None:
             raise replica.fault
         logger.info("replica serves epoch=%s layout=%s", replica.epoch, replica.plan.layout)
-        self._fleet.put_into_service(replica, self._clock())
+        self._fleet.put_into_service(replica, self._clock(), self._membership.lease_s)
         self._on_change()
         self._stepper.start(replica)
         self._answers.dispatch()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from skynet.coordinator.fleet import Fleet
 from skynet.coordinator.leases import Lease, LeaseKind, LeaseTable
 from skynet.errors import CapacityError, StepRejected
 from skynet.protocol.ids import LeaseId, PeerId, WorkerId
@@ -59,7 +60,7 @@ def test_every_kind_is_granted_and_released(kind: LeaseKind) -> None:
 def test_repeated_grant_changes_nothing() -> None:
     leases = table()
     first = leases.grant(lease(ends_at=10.0), now=0.0)
-    leases.renew(first.lease_id, first.epoch, ends_at=50.0, now=1.0)
+    leases.renew(first.kind, {WORKER: 50.0})
     assert leases.grant(lease(ends_at=10.0), now=2.0).ends_at == 50.0
     assert len(leases) == 1
 
@@ -73,8 +74,6 @@ def test_newer_epoch_changes_a_lease_and_an_older_one_is_refused() -> None:
         leases.grant(lease(n=1), now=0.0)
     with pytest.raises(StepRejected, match="came late"):
         leases.release(changed.lease_id, Epoch(1, 1))
-    with pytest.raises(StepRejected, match="came late"):
-        leases.renew(changed.lease_id, Epoch(1, 1), ends_at=99.0, now=0.0)
     assert leases.get(changed.lease_id) == changed
 
 
@@ -105,17 +104,15 @@ def test_lease_ends_and_frees_its_resources() -> None:
     assert leases.free(WORKER)["memory_bytes"] == 100
 
 
-def test_renewal_moves_the_end_but_never_revives_or_shortens() -> None:
+def test_signs_of_life_move_the_end_and_never_shorten() -> None:
     leases = table()
-    held = leases.grant(lease(ends_at=10.0), now=0.0)
-    renewed = leases.renew(held.lease_id, held.epoch, ends_at=20.0, now=5.0)
-    assert renewed is not None
-    assert renewed.ends_at == 20.0
-    shorter = leases.renew(held.lease_id, held.epoch, ends_at=7.0, now=5.0)
-    assert shorter is not None
-    assert shorter.ends_at == 20.0
-    assert leases.renew(held.lease_id, held.epoch, ends_at=99.0, now=20.0) is None
-    assert leases.renew(LeaseId("unknown"), held.epoch, ends_at=99.0, now=5.0) is None
+    stage = leases.grant(lease("a", kind=LeaseKind.STAGE, ends_at=10.0), now=0.0)
+    elsewhere = leases.grant(lease("b", kind=LeaseKind.STAGE, worker=OTHER, ends_at=10.0), now=0.0)
+    task = leases.grant(lease("c", ends_at=10.0), now=0.0)
+    leases.renew(LeaseKind.STAGE, {WORKER: 20.0})
+    leases.renew(LeaseKind.STAGE, {WORKER: 7.0})
+    assert set(leases.expire(19.9)) == {elsewhere, task}
+    assert [held.lease_id for held in leases.expire(20.0)] == [stage.lease_id]
 
 
 def test_lease_that_has_ended_already_is_not_granted() -> None:
@@ -134,16 +131,13 @@ def test_what_a_vanished_process_held_is_freed_in_one_place() -> None:
     assert leases.free(OTHER) == {}
 
 
-def test_leases_keep_their_ids_over_a_restart_of_the_coordinator() -> None:
-    leases = table()
-    leases.grant(lease(ends_at=1e9), now=0.0)
-    restarted = table()
-    restarted.restore(leases.export(), now=3.0, grace_s=5.0)
-    held = restarted.get(LeaseId("a"))
-    assert held is not None
-    assert held.ends_at == 8.0
-    assert restarted.renew(held.lease_id, held.epoch, ends_at=60.0, now=4.0) is not None
-    assert restarted.expire(59.0) == ()
+def test_a_lease_whose_worker_nobody_hears_of_is_freed() -> None:
+    fleet = Fleet(leases=table())
+    held = fleet.leases.grant(lease(kind=LeaseKind.STAGE, ends_at=10.0), now=0.0)
+    fleet.renew({WORKER: 12.0}, now=10.0)
+    assert fleet.leases.get(held.lease_id) is not None
+    fleet.renew({OTHER: 30.0}, now=12.0)
+    assert fleet.leases.free(WORKER)["memory_bytes"] == 100
 
 
 class LeasesUnderFire(RuleBasedStateMachine):
@@ -188,9 +182,9 @@ class LeasesUnderFire(RuleBasedStateMachine):
 
     @rule(holder=st.sampled_from([ALICE, BOB]))
     def vanish(self, holder: PeerId) -> None:
-        held = self.leases.of_holder(holder)
+        held = tuple(lease for lease in self.leases.export() if lease.holder == holder)
         assert self.leases.vanished(holder) == held
-        assert self.leases.of_holder(holder) == ()
+        assert all(lease.holder != holder for lease in self.leases.export())
 
     @invariant()
     def never_overcommitted(self) -> None:

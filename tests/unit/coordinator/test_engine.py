@@ -677,6 +677,31 @@ def test_silent_suspect_is_lost_and_a_live_one_stays(model: ServedModel) -> None
     play(model, act)
 
 
+def test_the_lease_of_a_shard_in_service_lasts_as_long_as_its_worker_is_heard(model: ServedModel) -> None:
+    async def act(stage: Stage) -> None:
+        await start(stage, "a", "b")
+        engine, passed_s = stage.engine, 0.0
+        begun = engine._clock
+        engine._clock = lambda: begun() + passed_s
+        granted = engine.leases.export()
+        assert {lease.worker for lease in granted} == set(stage.serving())
+        for _ in range(3):
+            ends = max(lease.ends_at for lease in engine.leases.export())
+            passed_s += 3000  # of 3600
+            for worker_id in stage.serving():
+                engine.membership.heard(worker_id, engine._clock())
+            await until(lambda ends=ends: all(lease.ends_at > ends for lease in engine.leases.export()))  # type: ignore[misc]
+        assert [lease.lease_id for lease in engine.leases.export()] == [lease.lease_id for lease in granted]
+        silent = stage.serving()[1]
+        passed_s += 3000
+        engine.membership.heard(stage.serving()[0], engine._clock())
+        passed_s += 3000
+        await until(lambda: silent not in engine.membership.members)
+        assert not engine.leases.of_worker(silent)
+
+    play(model, act)
+
+
 def test_worker_that_sends_others_nonsense_is_not_planned_with_again(model: ServedModel) -> None:
     async def act(stage: Stage) -> None:
         await start(stage, "a", "b", "c")
