@@ -91,11 +91,19 @@ def infer(
         completion = Completion(  # refuses wrong values, before anything is looked for
             prompt=read_stdin() if prompt == "-" else prompt, max_tokens=max_tokens, temperature=temperature,
             top_p=top_p, top_k=top_k, seed=seed,
-            stop=tuple(stop or ()), timeout_s=timeout, model=model,
+            stop=tuple(stop or ()), timeout_s=timeout, model=full_path(model),
         )  # fmt: skip
         run_async(run(completion))
     except Exception as exc:
         fail(exc)
+
+
+def full_path(model: str | None) -> str | None:
+    """A directory as the coordinator names it; anything else as it is."""
+    from pathlib import Path
+
+    directory = Path(model).expanduser() if model else None
+    return str(directory.resolve()) if directory is not None and directory.is_dir() else model
 
 
 async def _stream(swarm: Swarm, completion: Completion, is_quiet: bool) -> dict[str, object]:

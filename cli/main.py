@@ -22,8 +22,8 @@ app = typer.Typer(
     'Start `skynet coordinator` on one machine, `skynet worker` on others, then `skynet infer "your prompt"`.\n\n'
     'Example: skynet demo "Once upon a time"\n\n'
     "Exit codes: 0 fine, 1 unexpected, 2 wrong option or file (or an output that can't be written), 3 protocol, "
-    "4 no coordinator found, 5 not admitted, 6 worker lost, 7 not enough memory or workers, 8 request failed, 130 interrupted, "
-    "141 nobody read the output to its end, 143 terminated.",
+    "4 no coordinator found, 5 not admitted, 6 worker lost, 7 not enough memory or workers, 8 request failed, "
+    "130 interrupted, 141 nobody read the output to its end, 143 terminated.",
     epilog="Environment, where no option says otherwise:\n\n"
     + "\n\n".join(f"{name}: {meaning}." for name, meaning in (*VARIABLES.items(), *OF_LIBRARIES.items())),
 )

@@ -7,21 +7,33 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from skynet.errors import MalformedMessage
+
 from .common import printable_line
 
 
 def render_status(facts: dict[str, Any], width: int | None = None) -> str:
     """The swarm in one screen, 80 columns wide where names are short: the model, its workers, its requests.
 
-    Names and reasons come from peers: they are shown as they are, and never obeyed.
+    Names and reasons come from peers: they are shown as they are, and never obeyed. Raises MalformedMessage.
     """
+    try:
+        return _render(facts, width)
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as exc:
+        raise MalformedMessage(
+            f"the coordinator's status can't be shown ({exc!r}); is its SkyNet another version?"
+        ) from exc
+
+
+def _render(facts: dict[str, Any], width: int | None) -> str:
     facts = _printable(facts)
+    names = _names([worker["id"] for worker in facts["workers"]])
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for column in ("worker", "device", "memory", "layers", "share", "link", "tokens/s", "state"):
         table.add_column(column, overflow="fold", no_wrap=column in ("layers", "share", "link", "tokens/s"))
     for worker in facts["workers"]:
         table.add_row(
-            worker["id"].split(".", 1)[-1],
+            names[worker["id"]],
             _device(worker),
             f"{_short_bytes(worker['weight_bytes'] + worker['kv_bytes'])}/{_short_bytes(worker['memory_bytes'])}",
             worker["layers"] or "-",
@@ -44,6 +56,17 @@ def render_status(facts: dict[str, Any], width: int | None = None) -> str:
         console.print(table if facts["workers"] else "no workers yet: run `skynet worker` on this or another machine")
         console.print(f"requests: {facts['num_requests']} in progress, {facts['num_queued']} waiting")
     return capture.get().rstrip("\n")
+
+
+def _names(workers: list[str]) -> dict[str, str]:
+    """What to call workers, also for `skynet drain`: by name, with the beginning of the node where several share it."""
+    names = {}
+    for worker in workers:
+        node, _, name = worker.partition(".")
+        others = [other.partition(".")[0] for other in workers if other != worker and other.partition(".")[2] == name]
+        length = next((n for n in range(4, len(node)) if not any(o.startswith(node[:n]) for o in others)), len(node))
+        names[worker] = f"{node[:length]}.{name}" if others else name
+    return names
 
 
 def _printable(fact: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from skynet import errors
-from skynet.client.swarm import ClientConfig, Swarm, as_error
+from skynet.client.answered import as_error, body_of
+from skynet.client.swarm import ClientConfig, Swarm
 from skynet.protocol.admin_socket import read_frame, send_frame, socket_path
 from skynet.protocol.codec import Decoder, encode
 from skynet.protocol.messages import AdminMessage, Answer, Failed
@@ -42,7 +42,7 @@ async def _by_unix_socket(message: AdminMessage, path: Path) -> dict[str, Any]:
                 writer.close()
     except (ConnectionRefusedError, FileNotFoundError) as exc:
         raise errors.DiscoveryError(f"{path}: no coordinator listens there; start `skynet coordinator`") from exc
-    except EOFError as exc:
+    except (EOFError, ConnectionError) as exc:
         raise errors.RequestFailed(f"{path}: the coordinator ended the connection; its log says why") from exc
     except PermissionError as exc:
         raise errors.AdmissionRefused(f"{path}: only the coordinator's owner may send commands") from exc
@@ -50,5 +50,4 @@ async def _by_unix_socket(message: AdminMessage, path: Path) -> dict[str, Any]:
         raise errors.WorkerTimeout(f"{path}: no answer within {ANSWER_S:.0f} s") from exc
     if isinstance(answer, Failed):
         raise as_error(answer)
-    body = json.loads(answer.body)
-    return body if isinstance(body, dict) else {"text": str(body)}
+    return body_of(answer)

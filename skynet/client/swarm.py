@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import time
 import uuid
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from skynet import errors
+from skynet.client.answered import as_error, body_of
 from skynet.errors import RequestFailed, SkyNetError
 from skynet.protocol.control import ControlLink, LinkLost
 from skynet.protocol.entrance import EntranceConfig, enter
@@ -273,8 +273,7 @@ class Swarm:
                     answer = await inbox.get()
                     match answer:
                         case Answer():
-                            body = json.loads(answer.body)
-                            return body if isinstance(body, dict) else {"answer": body}
+                            return body_of(answer)
                         case Failed():
                             raise as_error(answer)
                         case LinkLost():
@@ -430,11 +429,3 @@ def _put(inbox: asyncio.Queue[ToClient | LinkLost], item: ToClient | LinkLost) -
         while not inbox.empty():
             inbox.get_nowait()
     inbox.put_nowait(item)
-
-
-def as_error(failed: Failed) -> SkyNetError:
-    """The coordinator's error as the class it names, if that is one of ours."""
-    kind = getattr(errors, failed.error, None)
-    if isinstance(kind, type) and issubclass(kind, SkyNetError):
-        return kind(failed.text)
-    return RequestFailed(failed.text)

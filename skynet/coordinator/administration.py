@@ -196,10 +196,15 @@ class Administration:
         }
 
     def _drain(self, message: Drain) -> dict[str, Any]:
-        members = self._server.membership.members
-        found = [w for w in members if w.startswith(message.worker) or w.partition(".")[2] == message.worker]
+        members, (node, _, name) = self._server.membership.members, message.worker.partition(".")
+        parts = {w: w.partition(".")[::2] for w in members}
+        found = [w for w, (n, s) in parts.items() if s == message.worker or (n.startswith(node) and s == name)]
+        found = found or [w for w in members if w.startswith(message.worker)]
         if len(found) != 1:
-            raise ConfigError(f"drain {message.worker}: {len(found)} workers match; `skynet status` shows their names")
+            raise ConfigError(
+                f"drain {message.worker}: {len(found)} workers match{': ' if found else ''}{', '.join(found[:8])}; "
+                "`skynet status` shows their names"
+            )
         self._server.engine.drain(WorkerId(found[0]))
         return {"text": f"{found[0]} drains: its work moves elsewhere, then it exits", "worker": PeerId(found[0])}
 

@@ -49,7 +49,8 @@ class ServedModel:
 
     def prompt_ids(self, submit: Submit) -> list[int]:
         """Token ids of what was submitted. Raises ConfigError for what can't be turned into any."""
-        if submit.model not in (None, self.ref.name):
+        name = self.ref.name
+        if submit.model is not None and submit.model.rstrip("/") not in (name, name.rpartition("/")[2]):
             raise ConfigError(f"this swarm runs {self.ref.name}, not {submit.model}")
         if submit.prompt is not None:
             ids = self.text.encode(submit.prompt)

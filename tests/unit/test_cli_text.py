@@ -7,11 +7,13 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from skynet.cli.ask import full_path  # type: ignore  # its directory is called cli
 from skynet.cli.common import (  # type: ignore  # its directory is called cli
     UNPRINTABLE,
     fail,
@@ -57,6 +59,23 @@ def test_no_escape_sequence_of_a_peer_reaches_the_terminal_by_status() -> None:
     assert len(shown.splitlines()) == len(render_status(status_of("a")).splitlines()), (
         "a newline in a name begins a line of its own"
     )
+
+
+def test_workers_of_one_name_are_told_apart_by_their_nodes() -> None:
+    facts = status_of("cpu")
+    ids = ["abcdefgh.cpu", "abcdexyz.cpu", "zzzzzzzz.cpu", "zzzzzzzz.gpu", "abcdefgh.cpu-2"]
+    facts["workers"] = [facts["workers"][0] | {"id": worker} for worker in ids]
+    shown = [line.split()[0] for line in render_status(facts, width=400).splitlines()[-6:-1]]
+    assert shown == ["abcdef.cpu", "abcdex.cpu", "zzzz.cpu", "gpu", "cpu-2"]
+
+
+def test_a_directory_is_asked_for_as_the_coordinator_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "./mine", "mine/", f"{tmp_path}/mine/"):
+        assert full_path(name) == str(tmp_path / "mine")
+    for other in ("embedded", "Qwen/Qwen3-0.6B", "", None):
+        assert full_path(other) == other
 
 
 @given(st.text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from skynet.coordinator.served import open_model
 from skynet.coordinator.server import CoordinatorServer, _Admitted
 from skynet.coordinator.server_config import CoordinatorConfig
 from skynet.errors import ConfigError, RequestFailed, SkyNetError
+from skynet.models.embedded import EMBEDDED_DIR
 from skynet.protocol.allowance import Allowance
 from skynet.protocol.control import LinkLost
 from skynet.protocol.identity import ProcessKey
@@ -27,6 +30,7 @@ from skynet.protocol.messages import (
     BadChunk,
     ChatMessage,
     CreateInvite,
+    Drain,
     Finished,
     Join,
     Notice,
@@ -182,6 +186,40 @@ def test_what_a_worker_says_of_its_device_and_of_chunks_is_logged_in_one_bounded
     told = [r.getMessage() for r in caplog.records if "worker=w" in r.getMessage() or "by=w" in r.getMessage()]
     assert [message.split(" ")[:2] for message in told] == [["worker", "joined"], ["bad", "chunk"]]
     assert all(message.isprintable() and len(message) < 400 for message in told)
+
+
+def test_a_worker_is_drained_by_any_name_that_means_no_other(play: Callable[[Act], None]) -> None:
+    ids = [WorkerId(f"{node:w<26}.{name}") for node, name in (("ab", "cpu"), ("ac", "cpu"), ("ac", "cpu-2"))]
+
+    async def act(server: CoordinatorServer, config: ClientConfig) -> None:
+        async with Swarm(config) as somebody:
+            await somebody.status()
+        for number, worker_id in enumerate(ids, start=1):
+            profile = WorkerProfile(
+                device="cpu", device_name="cpu", threads=1, memory_bytes=1 << 30,
+                weight_bytes_per_s={"bfloat16": 1e9}, matmul_flops_per_s={"bfloat16": 1e11},
+            )  # fmt: skip
+            join = Join(profile=profile, hosts=("127.0.0.1",), data_port=1, bulk_port=2, pid=number)
+            server._admitted[PeerId(worker_id)] = _Admitted(Role.WORKER, ProcessKey.generate().public, "127.0.0.1", 0.0)
+            server._on_control(PeerId(worker_id), join)
+        for name, said in (("cpu", f"2 workers match: {ids[0]}, {ids[1]};"), ("x", "0 workers match;")):
+            with pytest.raises(ConfigError, match=re.escape(said)):
+                server.administration.carry_out(Drain(request_id=RequestId("r"), worker=name))
+        for name, meant in (("ab.cpu", ids[0]), ("cpu-2", ids[2]), (str(ids[1]), ids[1])):
+            answer = server.administration.carry_out(Drain(request_id=RequestId("r"), worker=name))
+            assert answer["worker"] == meant
+
+    play(act)
+
+
+def test_a_model_in_a_directory_is_meant_by_its_path_and_by_its_name(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_DIR, tmp_path / "mine")
+    model = open_model(str(tmp_path / "mine"), None, tmp_path / "cache", None)
+    for named in (None, "mine", "mine/", str(tmp_path / "mine"), f"{tmp_path}/mine/"):
+        assert model.prompt_ids(Completion(prompt="hello", model=named).submit(RequestId("r"), ()))
+    for other in ("min", "ine", "other/mine", "/mine", ""):
+        with pytest.raises(ConfigError, match=f"this swarm runs {tmp_path}/mine, not "):
+            model.prompt_ids(Completion(prompt="hello", model=other).submit(RequestId("r"), ()))
 
 
 def test_client_asks_again_when_tokens_are_missing(play: Callable[[Act], None]) -> None:
