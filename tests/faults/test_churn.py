@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import psutil
@@ -29,26 +30,37 @@ def footprint(node: NodeProcess) -> dict[str, int]:
     }
 
 
-def settled(swarm: LocalSwarm, node: NodeProcess, num_workers: int) -> dict[str, int]:
-    """The footprint once the swarm serves with so many workers and has answered something."""
-    swarm.wait_serving(60, num_workers=num_workers)
+def settled(swarm: LocalSwarm, node: NodeProcess, at_most: dict[str, int] | None = None) -> dict[str, int]:
+    """The footprint once one worker serves alone and has answered something; then until it is as small as it should be.
+
+    What ended a moment ago takes one to be closed.
+    """
+    swarm.wait_serving(60, num_workers=1)
     swarm.complete(Completion(prompt=PROMPT, max_tokens=8))
-    swarm.status()
-    return footprint(node)
+    deadline = time.monotonic() + 15
+    while True:
+        swarm.status()
+        found = footprint(node)
+        is_small = at_most is None or all(found[what] <= at_most[what] for what in found)
+        if is_small or time.monotonic() > deadline:
+            return found
 
 
 def churn(rounds: int, seed: int) -> None:
     """Random joins, losses and leaves around one worker that stays."""
     choose = random.Random(seed)
+    # A leak of one in every round is more than this; the coordinator's thread pool fills slowly.
+    slack = {"files": 2, "threads": 2 + rounds // 10, "sockets": 2, "memory": (24 + rounds // 2) * MIB}
     with LocalSwarm(LocalSwarmConfig(layout="2x1")) as swarm:
         stayer = swarm.workers["w0"]
         assert swarm.coordinator is not None
         swarm.workers["w1"].kill()
         swarm.workers.pop("w1")
-        alone: dict[str, dict[str, int]] = {}
+        alone: dict[str, list[dict[str, int]]] = {swarm.coordinator.name: [], stayer.name: []}
         for number in range(rounds + 2):
-            if number == 2:  # the first rounds fill pools and load code that wasn't needed before
-                alone = {node.name: settled(swarm, node, 1) for node in (swarm.coordinator, stayer)}
+            if number in (1, 2):  # what wasn't needed before is loaded by then, pools have begun to fill
+                for node in (swarm.coordinator, stayer):
+                    alone[node.name].append(settled(swarm, node))
             guest = swarm.start_worker()
             guest.wait_for("worker ready", 60)
             swarm.wait_serving(60, num_workers=2)
@@ -59,12 +71,9 @@ def churn(rounds: int, seed: int) -> None:
                 guest.wait(30)
             swarm.workers.pop(guest.name)
         for node in (swarm.coordinator, stayer):
-            before, after = alone[node.name], settled(swarm, node, 1)
-            # A socket may linger in the kernel, a thread pool fills once: a few, whatever the number of rounds.
-            assert after["files"] <= before["files"] + 8, (node.name, before, after)
-            assert after["threads"] <= before["threads"] + 6, (node.name, before, after)
-            assert after["sockets"] <= before["sockets"] + 4, (node.name, before, after)
-            assert after["memory"] <= before["memory"] + 48 * MIB, (node.name, before, after)
+            at_most = {what: min(r[what] for r in alone[node.name]) + more for what, more in slack.items()}
+            after = settled(swarm, node, at_most)
+            assert all(after[what] <= at_most[what] for what in after), (node.name, alone[node.name], after)
 
 
 @pytest.mark.timeout(180)
