@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,7 @@ from .lines import Lines
 
 if TYPE_CHECKING:
     from skynet.client.swarm import ClientConfig, Completion, Swarm
+    from skynet.protocol.messages import ChatMessage
 
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 Coordinator = Annotated[
@@ -144,23 +146,43 @@ def chat(
     from skynet.client.swarm import Completion, Swarm
     from skynet.protocol.messages import ChatMessage
 
+    def ask(turns: list[ChatMessage]) -> Completion:
+        return Completion(messages=tuple(turns), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
     async def run() -> None:
         async with Swarm(client_config(coordinator, swarm, invite)) as connected:
             turns = [ChatMessage(role="system", content=system)] if system else []
             typer.echo("Type a message; an empty line or Ctrl-D ends.", err=True)
             lines = Lines()
             while line := await lines.next():
-                turns.append(ChatMessage(role="user", content=line))
-                completion = Completion(
-                    messages=tuple(turns), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-                )
-                figures = await _stream(connected, completion, is_quiet=False)
-                turns.append(ChatMessage(role="assistant", content=str(figures["text"])))
+                turns = await _turn(connected, [*turns, ChatMessage(role="user", content=line)], ask)
 
     try:
         run_async(run())
     except Exception as exc:
         fail(exc)
+
+
+async def _turn(
+    swarm: Swarm, turns: list[ChatMessage], ask: Callable[[list[ChatMessage]], Completion]
+) -> list[ChatMessage]:
+    """The conversation with its answer. When it has outgrown the model's context, its oldest turns are left out."""
+    from skynet.errors import PromptTooLong
+    from skynet.protocol.messages import ChatMessage
+
+    told = [turn for turn in turns[:1] if turn.role == "system"]
+    said = turns[len(told) :]
+    while True:
+        try:
+            figures = await _stream(swarm, ask(told + said), is_quiet=False)
+        except PromptTooLong as exc:
+            if len(said) == 1:
+                typer.echo(f"[not sent: {printable_line(str(exc))}]", err=True)
+                return turns[:-1]
+            said = said[2:]
+            typer.echo("[the conversation has outgrown the model's context; its oldest turn is left out]", err=True)
+        else:
+            return [*told, *said, ChatMessage(role="assistant", content=str(figures["text"]))]
 
 
 def status(
@@ -216,12 +238,16 @@ def plan(
 ) -> None:
     from skynet.client.planning import plan_for
     from skynet.client.swarm import Swarm
+    from skynet.errors import DiscoveryError
 
     environment = Environment.read()
 
     async def profiles() -> dict[str, object]:
-        async with Swarm(client_config(coordinator, swarm, invite)) as connected:
-            return await connected.profiles()
+        try:
+            async with Swarm(client_config(coordinator, swarm, invite)) as connected:
+                return await connected.profiles()
+        except DiscoveryError as exc:
+            raise DiscoveryError(f"{exc}; or describe workers in a file and name it by --workers FILE") from exc
 
     try:
         text = plan_for(

@@ -127,6 +127,10 @@ class CapacityError(SkyNetError):
         self.missing_bytes = missing_bytes
 
 
+class PromptTooLong(CapacityError):
+    """A prompt, or a conversation, has more tokens than the model has positions: shorten it."""
+
+
 class RequestFailed(SkyNetError):
     """A completion ended without its answer; the text says why."""
 

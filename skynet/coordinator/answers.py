@@ -15,7 +15,7 @@ from skynet.coordinator.requests import FinishReason, Request, RequestTable, end
 from skynet.coordinator.scheduler import Sequence, SequenceProgress
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.text import AnswerText
-from skynet.errors import CapacityError, ConfigError, RequestFailed, SkyNetError
+from skynet.errors import CapacityError, ConfigError, PromptTooLong, RequestFailed, SkyNetError
 from skynet.protocol.ids import PeerId, RequestId, SequenceId
 from skynet.protocol.messages import Failed, Finished, Notice, Submit, ToClient, Tokens
 from skynet.protocol.steps import SequencePart
@@ -132,7 +132,7 @@ class Answers:
         ids = self._model.prompt_ids(submit)
         limit = spec.max_positions
         if len(ids) + 1 > limit:
-            raise CapacityError(f"the prompt has {len(ids)} tokens, the model takes at most {limit - 1}")
+            raise PromptTooLong(f"the prompt has {len(ids)} tokens, the model takes at most {limit - 1}")
         text = self._model.answer_text(submit, ids)
         for token_id in submit.received:
             text.push(token_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from skynet.coordinator.text import AnswerText, TextModel
-from skynet.errors import CapacityError, ConfigError, ModelError
+from skynet.errors import ConfigError, ModelError, PromptTooLong
 from skynet.models.checkpoint import build_manifest
 from skynet.models.config import read_spec
 from skynet.models.embedded import EMBEDDED_DIR, EMBEDDED_NAME
@@ -38,11 +38,11 @@ class ServedModel:
     directory: Path | None  # a copy on this machine
 
     def check_length(self, submit: Submit) -> None:
-        """Cheaply, before anything is read: raises CapacityError for text that can't fit, whatever its tokens are."""
+        """Cheaply, before anything is read: raises PromptTooLong for text that can't fit, whatever its tokens are."""
         num_chars = len(submit.prompt or "") + sum(len(message.content) for message in submit.messages)
         limit = self.spec.max_positions * self.text.max_token_chars
         if num_chars > limit:
-            raise CapacityError(
+            raise PromptTooLong(
                 f"the prompt has {num_chars} characters, this model takes {limit} at most "
                 f"({self.spec.max_positions} tokens of up to {self.text.max_token_chars} characters); shorten it"
             )

@@ -197,6 +197,15 @@ def test_chat_answers_turn_by_turn_and_remembers(swarm: LocalSwarm, user: User) 
     assert done.stdout == f"{first}\n{second}\n"
 
 
+def test_chat_outlives_the_models_context(user: User) -> None:
+    lines = ["the " * 1200, "the " * 1200, "the " * 3000, "Who are you?"]
+    done = user.run("chat", "--system", "You tell.", "--temperature", "0", "--max-tokens", "3", stdin="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("first token after") == 3
+    assert "its oldest turn is left out" in done.stderr
+    assert "[not sent: the prompt has" in done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_chat_that_waits_for_the_user_ends_at_once_when_told_to(user: User, number: signal.Signals, code: int) -> None:
     process = subprocess.Popen(

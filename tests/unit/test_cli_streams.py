@@ -38,3 +38,10 @@ def test_an_output_that_cant_be_written_is_one_line_and_a_code(command: str, tmp
 
 def test_an_error_that_cant_be_said_still_has_its_code(tmp_path: Path) -> None:
     assert run(f"infer x {NOBODY} 2> /dev/full", tmp_path)[0] == 4
+
+
+def test_planning_without_a_swarm_is_told_of_the_file(tmp_path: Path) -> None:
+    code, said = run(f"plan --model embedded {NOBODY}", tmp_path)
+    assert code == 4
+    assert "127.0.0.1 port 9: can't be reached" in said
+    assert "--workers FILE" in said
