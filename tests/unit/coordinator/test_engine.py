@@ -1092,7 +1092,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_read(model: ServedModel) -
         await start(stage, "a", "b")
         client = stage.ask("one", "\N{LATIN SMALL LETTER E WITH ACUTE}" * 500_000)
         assert isinstance(client.end, Failed)
-        assert client.end.error == "CapacityError"
+        assert client.end.error == "PromptTooLong"
         assert "the prompt has 500000 characters" in client.end.text
         assert not stage.engine.answers.reader.waiting
 
