@@ -44,7 +44,10 @@ def coordinator(
         str | None, typer.Option(help="Pin the layout, tensor-parallel x pipeline, for example 2x3. Default: planned.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of KV cache every replica must hold. Default: up to 2048.")
+        int | None,
+        typer.Option(
+            help="Tokens of one sequence that every replica must hold, up to the model's longest. Default: up to 2048."
+        ),
     ] = None,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="TCP port for newcomers; the next four carry the rest. 0: any.")
@@ -107,7 +110,9 @@ def worker(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda:N. Default: the first CUDA device, else the CPU.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads to compute with. Default: all cores.")
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(

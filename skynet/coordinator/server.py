@@ -88,6 +88,7 @@ async def serve(config: CoordinatorConfig) -> None:
     """Run a coordinator until SIGINT or SIGTERM."""
     if not 0.5 <= config.lease_s <= 3600:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
+    config.check_name()
     config.check_hosts()
     planner = config.planner()
     with sole_coordinator(config.config_dir):
@@ -98,6 +99,10 @@ async def _serve_alone(config: CoordinatorConfig, planner: PlannerConfig) -> Non
     model = await _open_model(config)
     if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
         raise ConfigError(f"--layout {planner.layout}: the model has {model.spec.num_layers} layers, pin fewer stages")
+    if (config.context_tokens or 0) > model.spec.max_positions:
+        raise ConfigError(
+            f"--context {config.context_tokens}: the model takes at most {model.spec.max_positions} tokens"
+        )
     running = asyncio.current_task()
     assert running is not None
     loop = asyncio.get_running_loop()

@@ -31,6 +31,11 @@ class CoordinatorConfig:
     cache_dir: Path
     hub_endpoint: str | None = None
 
+    def check_name(self) -> None:
+        """Raises ConfigError for a name that can't be announced."""
+        if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
+            raise ConfigError(f"--name {self.name[:64]!r}: give 1 to 64 printable characters")
+
     def check_hosts(self) -> None:
         """Raises ConfigError naming the address that can't be listened on or announced."""
         for host in self.announce:

@@ -139,6 +139,8 @@ def expand_wildcards(hosts: Sequence[str], interfaces: Sequence[Interface]) -> t
 def parse_endpoint(text: str, default_port: int) -> tuple[str, int]:
     """`HOST`, `HOST:PORT`, `V6` or `[V6]:PORT` as given by hand: host and port. Raises ConfigError."""
     text = text.strip()
+    if "://" in text:
+        raise _wrong_endpoint(text, "nothing comes before its name")
     bracketed = re.fullmatch(r"\[([^\[\]]*)\](?::(.*))?", text)
     if bracketed:
         host, port = bracketed[1], bracketed[2]

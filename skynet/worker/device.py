@@ -41,13 +41,15 @@ def pick_device(asked: str | None, is_experimental: bool = False) -> torch.devic
             raise ConfigError("--device mps: this machine has no MPS device")
     elif device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"--device {asked}: this PyTorch sees no CUDA device; use --device cpu")
+            raise ConfigError(f"--device {asked} (--gpu): this PyTorch sees no CUDA device; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"--device {asked}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+            raise ConfigError(
+                f"--device {asked} (--gpu): this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}"
+            )
         return torch.device("cuda", device.index or 0)
-    elif device.type != "cpu":
+    elif device.type != "cpu" or device.index:
         raise ConfigError(f"--device {asked}: not supported; use cpu or cuda:N")
-    return device
+    return torch.device(device.type)
 
 
 def device_name(device: torch.device) -> str:

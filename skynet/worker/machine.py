@@ -30,9 +30,7 @@ def claimed_suffix(config_dir: Path, wanted: str, is_fixed: bool) -> Iterator[st
         except OSError:
             os.close(descriptor)
             if is_fixed:
-                raise DiscoveryError(
-                    f"--name {wanted}: a worker of that name runs here already; choose another"
-                ) from None
+                raise ConfigError(f"--name {wanted}: a worker of that name runs here already; choose another") from None
             continue
         try:
             yield suffix

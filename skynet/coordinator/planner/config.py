@@ -81,8 +81,8 @@ class PlannerConfig:
     search_effort: int = 40_000  # bounds local search in larger swarms: layers x stages tried, about 4 us each
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_context_tokens <= self.max_context_tokens:
-            raise ConfigError(f"context tokens: {self.min_context_tokens} must lie in [1, {self.max_context_tokens}]")
+        if self.min_context_tokens < 1:
+            raise ConfigError(f"context tokens: {self.min_context_tokens} must be at least 1")
         if self.block_size < 1 or self.batch < 1 or self.prompt_tokens < 1 or self.answer_tokens < 1:
             raise ConfigError("block_size, batch, prompt_tokens and answer_tokens must be at least 1")
         if not (0 <= self.improvement_threshold < 1 and 0 <= self.kv_share <= 1):
