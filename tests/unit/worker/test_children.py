@@ -52,7 +52,8 @@ class Family(NamedTuple):
 
     async def pids(self) -> list[int]:
         """Of its two members, once both are there."""
-        ready = await asyncio.to_thread(select.select, [self.fifo], [], [], WAIT_S)
+        nothing: list[int] = []
+        ready = await asyncio.to_thread(select.select, [self.fifo], nothing, nothing, WAIT_S)
         assert ready[0], "the family didn't start"
         return [int(pid) for pid in os.read(self.fifo, 100).split()]
 
