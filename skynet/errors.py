@@ -131,6 +131,14 @@ class PromptTooLong(CapacityError):
     """A prompt, or a conversation, has more tokens than the model has positions: shorten it."""
 
 
+class QueueFull(CapacityError):
+    """So many requests are in progress that this one isn't taken: try again later."""
+
+
+class NotServed(CapacityError):
+    """A request waited as long as it may, and no replica could run it."""
+
+
 class RequestFailed(SkyNetError):
     """A completion ended without its answer; the text says why."""
 

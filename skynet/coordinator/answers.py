@@ -15,7 +15,15 @@ from skynet.coordinator.requests import FinishReason, Request, RequestTable, end
 from skynet.coordinator.scheduler import Sequence, SequenceProgress
 from skynet.coordinator.served import ServedModel
 from skynet.coordinator.text import AnswerText
-from skynet.errors import CapacityError, ConfigError, PromptTooLong, RequestFailed, SkyNetError
+from skynet.errors import (
+    CapacityError,
+    ConfigError,
+    NotServed,
+    PromptTooLong,
+    QueueFull,
+    RequestFailed,
+    SkyNetError,
+)
 from skynet.protocol.ids import PeerId, RequestId, SequenceId
 from skynet.protocol.messages import Failed, Finished, Notice, Submit, ToClient, Tokens
 from skynet.protocol.steps import SequencePart
@@ -114,10 +122,10 @@ class Answers:
 
     def _check_room(self, client: PeerId) -> None:
         if self.num_requests >= self._config.max_requests:
-            raise CapacityError(f"{self.num_requests} requests are in progress, at most that many run; try again later")
+            raise QueueFull(f"{self.num_requests} requests are in progress, at most that many run; try again later")
         node = node_of(client)
         if (num_own := self.requests.num_of(node) + self.reader.num_of(node)) >= self._config.max_node_requests:
-            raise CapacityError(f"{num_own} of your requests are in progress, no node may have more; wait for some")
+            raise QueueFull(f"{num_own} of your requests are in progress, no node may have more; wait for some")
 
     @property
     def num_requests(self) -> int:
@@ -319,4 +327,4 @@ class Answers:
             request.wait_until = now + request.submit.timeout_s
         elif now > request.wait_until:
             reason = request.shortage or self._fleet.shortage or "no replica became ready"
-            self._fail(request, CapacityError(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))
+            self._fail(request, NotServed(f"waited {request.submit.timeout_s:.0f} s for workers: {reason}"))
