@@ -103,6 +103,8 @@ def _around(search: Search, current: Plan, usable: list[int]) -> None:
         chain = search.try_layout(tuple(group for group in groups if group)) if any(groups) else None
         if chain is not None:
             search.improve(chain, usable)
+        if search.swarm.is_spent:
+            break
 
 
 def _as_it_is(swarm: Swarm, current: Plan | None, sizes: tuple[int, ...] | None) -> Replicas | None:

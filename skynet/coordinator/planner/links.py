@@ -58,9 +58,11 @@ class LinkTable:
             if both is not None and (a, b) in self._known:
                 self._known[a, b] = both
         self.near: list[list[int]] = [[] for _ in index]  # measured neighbours of each
-        for a, b in sorted(self._known):
+        self._measured: list[dict[int, Link]] = [{} for _ in index]
+        for (a, b), link in sorted(self._known.items()):
             self.near[a].append(b)
             self.near[b].append(a)
+            self._measured[a][b] = self._measured[b][a] = link
         self._landmarks = self._choose_landmarks(range(len(ids), len(index)))
         slowest = max((link.round_trip_s for link in self._known.values()), default=0.0)
         narrowest = min((link.bandwidth_bytes_per_s for link in self._known.values()), default=float("inf"))
@@ -114,23 +116,20 @@ class LinkTable:
     def _estimate(self, a: int, b: int) -> Link:
         if self._hosts[a] and self._hosts[a] == self._hosts[b]:
             return Link(self._config.local_round_trip_s, self._config.local_bandwidth_bytes_per_s, True)
-        best = self._fallback
+        found: list[tuple[float, float]] = []  # (round trip, -bandwidth) of each way
         for reached in self._landmarks:
             if a in reached and b in reached:
                 (rtt_a, width_a), (rtt_b, width_b) = reached[a], reached[b]
-                best = self._better(best, rtt_a + rtt_b, min(width_a, width_b))
-        for middle in self.near[a]:
-            first, second = self._known.get(_pair(a, middle)), self._known.get(_pair(middle, b))
-            if first is not None and second is not None:
-                width = min(first.bandwidth_bytes_per_s, second.bandwidth_bytes_per_s)
-                best = self._better(best, first.round_trip_s + second.round_trip_s, width)
-        return best
-
-    def _better(self, best: Link, round_trip_s: float, width: float) -> Link:
-        found = Link(round_trip_s, width, True)
-        if best is self._fallback or (round_trip_s, -width) < (best.round_trip_s, -best.bandwidth_bytes_per_s):
-            return found
-        return best
+                found.append((rtt_a + rtt_b, -min(width_a, width_b)))
+        of_a, of_b = self._measured[a], self._measured[b]
+        for middle in of_a.keys() & of_b.keys():
+            first, second = of_a[middle], of_b[middle]
+            width = min(first.bandwidth_bytes_per_s, second.bandwidth_bytes_per_s)
+            found.append((first.round_trip_s + second.round_trip_s, -width))
+        if not found:
+            return self._fallback
+        round_trip_s, negative_width = min(found)
+        return Link(round_trip_s, -negative_width, True)
 
     def _choose_landmarks(self, others: range) -> list[dict[int, tuple[float, float]]]:
         """Those who aren't workers first, then always the one furthest from all landmarks so far."""
@@ -151,16 +150,18 @@ class LinkTable:
     def _shortest_paths(self, source: int) -> dict[int, tuple[float, float]]:
         """Round trip and narrowest link of the shortest path to everyone within reach."""
         done: dict[int, tuple[float, float]] = {}
+        best: dict[int, tuple[float, float]] = {}  # of the ways in the queue
         queue = [(0.0, source, float("inf"))]
         while queue:
             rtt, node, width = heapq.heappop(queue)
             if node in done:
                 continue
             done[node] = (rtt, width)
-            for other in self.near[node]:
-                if other not in done:
-                    link = self._known[_pair(node, other)]
-                    heapq.heappush(queue, (rtt + link.round_trip_s, other, min(width, link.bandwidth_bytes_per_s)))
+            for other, link in self._measured[node].items():
+                way = rtt + link.round_trip_s, min(width, link.bandwidth_bytes_per_s)
+                if other not in done and (other not in best or way < best[other]):
+                    best[other] = way
+                    heapq.heappush(queue, (way[0], other, way[1]))
         return done
 
 

@@ -28,8 +28,11 @@ def pinned_replicas(swarm: Swarm, workers: Sequence[int], layout: Layout) -> lis
     found: list[Chain] = []
     left = list(workers)
     sizes = stage_sizes(layout, len(left))
+    near: list[tuple[int, ...]] = []
     while left and (not found or len(left) >= layout.num_workers):
-        chain = _best(swarm, left, sizes)
+        if not near or not swarm.is_large:  # among many, cut once: nearly all groups outlast their neighbours' use
+            near = _near_groups(swarm, left, max(sizes))
+        chain = _best(swarm, left, sizes, near)
         if chain is None:
             break
         found.append(chain)
@@ -37,28 +40,38 @@ def pinned_replicas(swarm: Swarm, workers: Sequence[int], layout: Layout) -> lis
             break
         used = set(itertools.chain(*chain.arrangement))
         left = [worker for worker in left if worker not in used]
+        near = [rest for rest in (tuple(m for m in group if m not in used) for group in near) if rest]
     return [tuple(found)] if found else []
 
 
-def _best(swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...]) -> Chain | None:
+def _near_groups(swarm: Swarm, workers: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """Near workers of like speed, complete and fast groups first."""
+    cut = [m for site in sites(swarm, workers) for m in cut_site(swarm, site, size)]
+    return sorted(cut, key=lambda m: (-len(m), swarm.group(m).pace_s, m))
+
+
+def _best(
+    swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...], near: Sequence[tuple[int, ...]]
+) -> Chain | None:
     search = Search(swarm, may_skip=False)
     if len(workers) <= swarm.config.exact_up_to:
         subsets = itertools.combinations(workers, sum(sizes))
         wanted = sorted(sizes)
         best = best_of(search.exhaust(s, lambda a: sorted(map(len, a)) == wanted) for s in subsets)
         return None if best is None else levelled(swarm, best, swarm.config.improvement_threshold)
-    best = best_of(search.try_layout(arrangement) for arrangement in _starts(swarm, workers, sizes))
-    if best is None:
-        return None
+    best = best_of(search.try_all(_starts(swarm, workers, sizes, near)))
+    if best is None or swarm.is_spent:
+        return best
     return levelled(swarm, search.improve(best, workers, replaced), swarm.config.improvement_threshold)
 
 
-def _starts(swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[Arrangement]:
+def _starts(
+    swarm: Swarm, workers: Sequence[int], sizes: tuple[int, ...], near: Sequence[tuple[int, ...]]
+) -> Iterator[Arrangement]:
     """Near groups of like speed; the roomiest workers in a row; and these dealt out so that rooms are alike."""
-    largest, count = max(sizes), sum(sizes)
-    cut = [m for site in sites(swarm, workers) for m in cut_site(swarm, site, largest)]
-    cut.sort(key=lambda m: (-len(m), swarm.group(m).pace_s, m))
-    yield _dealt(swarm, [worker for members in cut for worker in members][:count], sizes)
+    count = sum(sizes)
+    whole_first = sorted(near, key=len, reverse=True)
+    yield _dealt(swarm, [worker for members in whole_first for worker in members][:count], sizes)
     by_room = sorted(workers, key=lambda m: (-swarm.memory[m], -swarm.read_rate[m], m))[:count]
     yield _dealt(swarm, list(swarm.canonical(by_room)), sizes)
     yield _dealt(swarm, by_room, sizes)

@@ -149,7 +149,9 @@ def _allotted(swarm: Swarm, groups: list[Group], kv_tokens: int, may_skip: bool)
     """The best allotment in which every rank has room for so many positions."""
     while True:
         entry = [0.0, *(b.hop_cost(a) for a, b in itertools.pairwise(groups))]
-        allotted = allot([group.options(kv_tokens) for group in groups], entry, may_skip)
+        columns = [group.options(kv_tokens) for group in groups]
+        swarm.work += swarm.spec.num_layers * sum(map(len, columns))
+        allotted = allot(columns, entry, may_skip)
         if allotted is None:
             return None
         if len(allotted) == len(groups):

@@ -19,6 +19,8 @@ _WINDOW = 6  # workers whose replicas are put together anew at once
 _MUCH_CACHE = 1.1  # where cache for a whole batch makes a replica so much larger, it counts in large swarms, too
 _WASTED = 4  # with memory for so many times the replicas, far workers share layers, too
 _FAR_UP_TO = 100  # workers; it takes up to a hundred layouts for each replica
+_GROWTH = 32  # a run of workers that holds no replica is looked at again when it is longer by a part in so many
+_EASED = 0.98  # what a replica takes is assumed to be what failed for the one before it, and less each time
 _FEW_REPLICAS = 6  # up to here each replica in turn is dissolved into the others
 
 
@@ -94,17 +96,23 @@ def _in_clusters(search: Search, row: Sequence[int], least: int, need_bytes: int
     """
     found: list[Chain] = []
     cluster: list[int] = []
-    held = 0
+    held, enough, wanted = 0, least, float(need_bytes)
     for worker in row:
         cluster.append(worker)
         held += search.swarm.memory[worker]
-        if held >= need_bytes and len(cluster) >= least:
+        if held >= wanted and len(cluster) >= enough:
+            if search.swarm.is_spent:
+                break
+            enough = len(cluster) + max(1, len(cluster) // _GROWTH)
             chain = _quick(search, cluster)
             if chain is None and far and len(cluster) <= _SEARCHED_CLUSTER:
                 chain = search.try_first(search.roomy_layouts(cluster))
             if chain is not None:
                 found.append(chain)
-                cluster, held = [], 0
+                cluster, held, enough = [], 0, least
+                wanted = max(need_bytes, _EASED * wanted)
+            elif search.swarm.is_large:
+                wanted = held  # which won't do for the next ones, either, if they are alike
     return tuple(found)
 
 
@@ -129,9 +137,12 @@ def _quick(search: Search, cluster: list[int]) -> Chain | None:
     local = sites(swarm, cluster)
     cuts = [[m for site in local for m in cut_site(swarm, site, size)] for size in (1, 2, 4) if size <= len(cluster)]
     by_pace = sorted(cuts[1:], key=lambda cut: -sum(1 / swarm.group(m).pace_s for m in cut))
-    tried = [
-        search.try_layout(order_groups(swarm, [swarm.group(m) for m in members])) for members in (cuts[0], *by_pace[:1])
-    ]
+    tried = []
+    for members in (cuts[0], *by_pace[:1]):
+        groups = [swarm.group(m) for m in members]
+        if len(groups) > swarm.most_groups:
+            groups = sorted(groups, key=lambda g: (-g.room, g.pace_s, g.members))[: swarm.most_groups]
+        tried.append(search.try_layout(order_groups(swarm, groups)))
     return best_of(tried)
 
 

@@ -14,6 +14,7 @@ from skynet.coordinator.planner.predict import Arrangement, Chain, evaluate
 from skynet.coordinator.planner.sites import group_lists
 from skynet.coordinator.planner.swarm import Swarm
 
+_LINK_WORK = 4  # of one link between groups of several looked at; between two workers: 1
 _NEW_RANK = 60  # effort of working out one rank of a new group, in the unit of `search_effort`
 _MAX_LOCAL_WORKERS = 40
 _FEW_WORKERS = 12
@@ -40,6 +41,15 @@ class Search:
         """The first that fits."""
         return next((chain for chain in map(self.try_layout, arrangements) if chain is not None), None)
 
+    def try_all(self, arrangements: Iterable[Arrangement]) -> list[Chain]:
+        """Those that fit; once the work is spent, none after the first."""
+        found: list[Chain] = []
+        for chain in map(self.try_layout, arrangements):
+            found += [] if chain is None else [chain]
+            if found and self.swarm.is_spent:
+                break
+        return found
+
     def chains(self) -> list[Chain]:
         """All that fit."""
         return [chain for chain in self.tried.values() if chain is not None]
@@ -60,10 +70,10 @@ class Search:
         if len(workers) <= self.swarm.config.exact_up_to:
             subsets = (s for k in range(1, len(workers) + 1) for s in itertools.combinations(workers, k))
             return best_of(self.exhaust(subset) for subset in subsets)
-        built = [self.try_layout(arrangement) for arrangement in self._constructed(workers)]
+        built = self.try_all(self._constructed(workers))
         if len(workers) <= MAX_PARTITIONED:
             built += self._promising(workers)
-        fitting = [chain for chain in built if chain is not None] or self._last_resort(workers)
+        fitting = built or self._last_resort(workers)
         starts = sorted(fitting, key=lambda c: (c.value, c.num_workers, c.arrangement))
         several = _STARTS if len(workers) <= _FEW_WORKERS else 1
         distinct = list({chain.arrangement: chain for chain in starts}.values())[:several]
@@ -156,9 +166,12 @@ class Search:
         swarm, count = self.swarm, len(workers)
         ordered = sorted(workers, key=lambda m: (-swarm.memory[m], m))
         for size in (s for s in ((1, 2, 3, 4, 6, 8) if count <= 200 else (1, 2, 4)) if s <= count):
-            by_room = [swarm.canonical(ordered[i : i + size]) for i in range(0, count, size)]
-            stages = -(-count // size)
-            mixed = [swarm.canonical(ordered[i::stages]) for i in range(stages)]
+            roomiest = ordered[: size * swarm.most_groups]
+            if sum(swarm.memory[m] for m in roomiest) < swarm.replica_bytes:
+                continue
+            by_room = [swarm.canonical(roomiest[i : i + size]) for i in range(0, len(roomiest), size)]
+            stages = -(-len(roomiest) // size)
+            mixed = [swarm.canonical(roomiest[i::stages]) for i in range(stages)]
             for members in (by_room, mixed):
                 yield order_groups(swarm, [swarm.group(m) for m in members])
                 yield tuple(members)
@@ -190,7 +203,7 @@ class Search:
                 if other is not None and other.value < chain.value * (1 - 1e-9):
                     chain, improved = other, True
                     break
-                if self.effort_left <= reserve:
+                if self.effort_left <= reserve or self.swarm.is_spent:
                     break
         if moves is None and effort is None:
             self._shrink(chain)
@@ -221,6 +234,8 @@ def best_of(chains: Iterable[Chain | None]) -> Chain | None:
 def order_groups(swarm: Swarm, groups: Sequence[Group]) -> Arrangement:
     """Pipeline order by short hops: always the nearest next, from the fastest on."""
     left = list(groups)
+    ranks = [len(group.members) for group in left]
+    swarm.work += len(left) * sum(1 if count == 1 else _LINK_WORK * count for count in ranks) // 2
     order = [left.pop(0)] if left else []
     while left:
         last = order[-1].members

@@ -18,6 +18,8 @@ from skynet.protocol.ids import WorkerId
 from skynet.protocol.plan import LayerSpan, RankShare
 from skynet.protocol.profile import LinkProfile, WorkerProfile
 
+_NEW_RANK_WORK = 30  # of one rank of a new group
+_MOST_GROUPS, _SPARE_GROUPS = 64, 8
 _FULL_VARIANTS = 7  # in larger swarms uneven memory inside one group matters less than which groups there are
 # Measured on CPUs against whole stages (docs/benchmarks/planner_cpu_2026-11.md):
 _PASSES = 10  # how often norms, rotations, activations and sums read or write each number of a token's way
@@ -78,6 +80,7 @@ class Swarm:
         self.layer_touched_bytes = sum(self.touched_bytes(self.whole, bool(spec.moe_layers), self.decode))
         self.share_cache: dict[tuple[float, ...], tuple[RankShare, ...]] = {}
         self._groups: dict[tuple[int, ...], Group] = {}
+        self.work = 0  # done so far, in the unit of `total_work`: counted, never timed, so that plans stay pure
 
     def _kv_targets(self) -> list[int]:
         """Positions that allotments of layers leave room for, the most first: a replica without room for a whole batch
@@ -104,11 +107,22 @@ class Swarm:
         targets = [kv for kv in dict.fromkeys(map(self._kv_for, counts)) if kv > self.min_tokens]
         return [(kv, held_bytes(self.costs, everything, self.whole, kv)) for kv in targets]
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether `total_work` is done: the best so far has to do."""
+        return self.work >= self.config.total_work
+
+    @property
+    def most_groups(self) -> int:
+        """Groups that one layout is made of at most: few more than there can be stages, each of a layer or more."""
+        return max(_MOST_GROUPS, self.spec.num_layers + _SPARE_GROUPS)
+
     def group(self, members: tuple[int, ...]) -> Group:
         """The group of these workers, ranks in this order."""
         found = self._groups.get(members)
         if found is None:
             found = self._groups[members] = Group(self, members)
+            self.work += _NEW_RANK_WORK * len(members)
         return found
 
     def use_full_variants(self) -> None:
@@ -141,6 +155,9 @@ class Swarm:
         """Handing hidden states to the next stage: its fixed cost and the slowest of `StageAssignment`'s pairs."""
         copies = -(-len(following) // len(previous))
         size, slowest = self.activation_bytes(tokens), 0.0
+        if len(previous) == len(following) == 1:  # by far the most frequent
+            link = self.links.between(previous[0], following[0])
+            return self.config.stage_overhead_s + link.round_trip_s / 2 + size / link.bandwidth_bytes_per_s
         links = [self.links.between(previous[i % len(previous)], b) for i, b in enumerate(following)]
         num_relayed = sum(link.is_relayed for link in links)  # all of them pass the coordinator at once
         for link in links:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Iterator
 
 from skynet.coordinator.planner import Objective, Plan, PlannerConfig, plan
 from skynet.errors import CapacityError
@@ -186,3 +187,58 @@ def excess_over_copies(seed: int, num_workers: int, count: int, objective: Objec
     config = dataclasses.replace(config, exact_up_to=PlannerConfig().exact_up_to)
     ratio = value(plan(spec, *copies(workers, links, count, seed), config)) / value(best)
     return ratio * count if objective is Objective.THROUGHPUT else ratio
+
+
+def thousands(count: int = 1000) -> Iterator[tuple[str, ModelSpec, Workers, list[LinkProfile]]]:
+    """Swarms of so many workers in structures that made planning slow: names, models, workers and links."""
+    ids = [WorkerId(f"w{i:04d}") for i in range(count)]
+    coordinator, spec, gib = WorkerId("coordinator"), large_spec(), 1 << 30
+    rng = random.Random(1)
+
+    def like(memory: float, every: int = 1) -> Workers:
+        """Like workers, `every` so many of them on one host (1: each alone)."""
+        hosts = [f"h{i // every}" if every > 1 else "" for i in range(count)]
+        return {w: worker(int(memory * gib), host_id=host) for w, host in zip(ids, hosts, strict=True)}
+
+    def link(a: WorkerId, b: WorkerId, round_trip_s: float) -> LinkProfile:
+        return LinkProfile(a=a, b=b, round_trip_s=round_trip_s, bandwidth_bytes_per_s=1e8)
+
+    far = [link(w, coordinator, 0.02 + 0.0001 * i) for i, w in enumerate(ids)]
+    near = [link(w, coordinator, 0.001) for w in ids]
+    dense = [
+        link(ids[i], ids[j], rng.choice([1e-4, 5e-4, 2e-3, 2e-2]))
+        for i in range(count)
+        for j in range(i + 1, min(count, i + 60))
+    ]
+    one_layer = large_spec(1)
+    mixture = dataclasses.replace(
+        spec,
+        model_type="qwen3_moe",
+        num_experts=64,
+        experts_per_token=8,
+        expert_intermediate_size=1536,
+        moe_layers=tuple(range(1, 80, 2)),
+    )
+    yield "sites", spec, *large_swarm(count)
+    yield "one host", spec, like(16, count), []
+    yield "pairs", spec, like(16, 2), far
+    yield "far", spec, like(16), far
+    for memory in (4.0, 2.2, 1.2, 0.3):
+        yield f"far, {memory} GiB", spec, like(memory), far
+    for memory in (2.5, 1.0, 0.3):
+        yield f"near, {memory} GiB", spec, like(memory), near
+    uneven = {w: worker((160 if i % 100 == 0 else 1) * gib) for i, w in enumerate(ids)}
+    yield "few large ones", spec, uneven, far
+    speeds = {w: worker(16 * gib, bandwidth=(1e10, 1e11)[i % 2]) for i, w in enumerate(ids)}
+    yield "two speeds", spec, speeds, far
+    yield "dense links", spec, like(16), dense
+    yield "dense links, 2 GiB", spec, like(2), dense
+    yield "one layer, far", one_layer, like(1), far
+    yield "one layer, near", one_layer, like(1), []
+    yield "mixture, far", mixture, like(24), far
+    yield "mixture, near", mixture, like(3), []
+    for seed, size in ((702, 4), (703, 4), (712, 4), (1, 3)):
+        rng = random.Random(seed)
+        small = small_spec(rng) if seed > 700 else spec
+        workers = random_workers(rng, size, need_bytes(small, 2048))
+        yield f"copies of {seed}", small, *copies(workers, random_links(rng, workers), count // size, seed)
