@@ -358,8 +358,7 @@ class Agent:
 
         started = time.monotonic()
         try:
-            async with self._loading:
-                await self._sharing.use_sources([self._reachable(peer) for peer in order.sources])
+            async with self._loading, self._sharing.sources([self._reachable(peer) for peer in order.sources]):
                 self._keep_only([o for o, _ in self._loads.values()])
                 stage = await asyncio.to_thread(self._loader.load, order, cancel, on_progress)
         except Exception as exc:  # whatever it is: unsaid, the coordinator would wait for us

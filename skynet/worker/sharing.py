@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 class _Source:
     """A way to one node's chunks. Owned by the agent's loop."""
 
-    info: PeerInfo
     client: BulkClient
     link: LoopLink
     running: asyncio.Task[None]
@@ -67,20 +67,27 @@ class ChunkSharing:
             await self._disconnect(peer_id)
         self._port.close()
 
-    async def use_sources(self, peers: Sequence[PeerInfo]) -> None:
-        """From whom chunks may be had now; links to others are closed."""
-        wanted = {peer.peer_id: peer for peer in peers if peer.bulk_port and peer.hosts}
-        for peer_id, source in list(self._sources.items()):
-            if wanted.get(peer_id) != source.info:
+    @asynccontextmanager
+    async def sources(self, peers: Sequence[PeerInfo]) -> AsyncIterator[None]:
+        """From whom chunks may be had meanwhile. One load at a time; after it nobody is dialled who may be gone."""
+        try:
+            for info in peers:
+                if info.bulk_port and info.hosts and info.peer_id not in self._sources:
+                    self._sources[info.peer_id] = self._connect(info)
+            yield
+        finally:
+            for peer_id in list(self._sources):
                 await self._disconnect(peer_id)
-        for peer_id, info in wanted.items():
-            if peer_id not in self._sources:
-                client = BulkClient()
-                running = asyncio.create_task(PeerDialer(self._factory, info, client).run(), name=f"bulk-{peer_id}")
-                self._sources[peer_id] = _Source(info, client, LoopLink(peer_id, client, self._loop), running)
+
+    def _connect(self, info: PeerInfo) -> _Source:
+        client = BulkClient()
+        running = asyncio.create_task(PeerDialer(self._factory, info, client).run(), name=f"bulk-{info.peer_id}")
+        return _Source(client, LoopLink(info.peer_id, client, self._loop), running)
 
     async def _disconnect(self, peer_id: PeerId) -> None:
-        source = self._sources.pop(peer_id)
+        source = self._sources.pop(peer_id, None)
+        if source is None:
+            return  # `close` came between
         source.running.cancel()
         await asyncio.gather(source.running, return_exceptions=True)
 

@@ -40,6 +40,7 @@ class Pair:
         self.ours = ChunkSharing(self.near, ["127.0.0.1"], StoreConfig(cache_dir=directory / "ours"), _nobody_lies)
         self.theirs = ChunkSharing(self.far, ["127.0.0.1"], StoreConfig(cache_dir=directory / "theirs"), _nobody_lies)
         self.theirs.offer(manifest, [checkpoint])
+        self.sources = contextlib.AsyncExitStack()  # while ours loads
 
     def let_in(self) -> None:
         self.far.allow(self.near.public_key, ME, {"bulk"})
@@ -48,7 +49,7 @@ class Pair:
         info = PeerInfo(
             peer_id=OTHER, curve_key=self.far.public_key, hosts=tuple(hosts), data_port=0, bulk_port=self.theirs.port
         )
-        await self.ours.use_sources([info])
+        await self.sources.enter_async_context(self.ours.sources([info]))
 
     async def fetch(self, number: int) -> None:
         """One chunk, as a loader thread fetches it."""
@@ -78,6 +79,7 @@ def play(checkpoint: Path, tmp_path: Path) -> Play:
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+            await pair.sources.aclose()
             for sharing in (pair.ours, pair.theirs):
                 await sharing.close()
             for factory in (pair.near, pair.far):
@@ -144,13 +146,18 @@ def test_after_a_break_the_way_is_found_again(play: Play) -> None:
     play(act)
 
 
-def test_sources_that_are_no_longer_named_are_let_go(play: Play) -> None:
+def test_after_a_load_its_sources_are_let_go(play: Play) -> None:
+    """Also those that aren't there: nobody dials for ever whom it needs no more."""
+
     async def act(pair: Pair) -> None:
+        before = asyncio.all_tasks()
         pair.let_in()
         await pair.use(["127.0.0.1"])
+        await pair.fetch(0)
         assert len(pair.ours.links()) == 1
-        await pair.ours.use_sources([])
+        await pair.sources.aclose()
         assert pair.ours.links() == []
+        assert asyncio.all_tasks() == before
 
     play(act)
 
