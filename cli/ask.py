@@ -72,6 +72,26 @@ def infer(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End the answer before this text; may be given several times."),
     ] = None,
+    min_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Leave out tokens less likely than this part of the likeliest's.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, max=100, help="Above 1: tokens of prompt and answer come again less. 1: off.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-2, max=2, help="Taken from the logits of tokens that the answer has.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(min=-2, max=2, help="The same, for each time that the answer has them.")
+    ] = 0.0,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(min=0, metavar="ID", help="End the answer at this token; may be given several times."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="With --json: each token's logprob, and those of so many of the likeliest."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with text, token ids and figures.")
     ] = False,
@@ -94,6 +114,8 @@ def infer(
             prompt=read_stdin() if prompt == "-" else prompt, max_tokens=max_tokens, temperature=temperature,
             top_p=top_p, top_k=top_k, seed=seed,
             stop=tuple(stop or ()), timeout_s=timeout, model=full_path(model),
+            min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, stop_token_ids=tuple(stop_token_id or ()), logprobs=logprobs,
         )  # fmt: skip
         run_async(run(completion))
     except Exception as exc:

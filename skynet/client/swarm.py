@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,7 @@ from skynet.protocol.messages import (
     Tokens,
 )
 from skynet.protocol.roles import Role
-from skynet.protocol.steps import SamplingParams
+from skynet.protocol.steps import Penalties, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,14 @@ class Completion:
     ignore_eos: bool = False
     timeout_s: float = 300.0
     model: str | None = None  # refuse to run on another one
+    index: int = 0  # which of several answers to one prompt and seed
+    min_p: float = 0.0  # keep tokens at least so likely, the likeliest being 1
+    repetition_penalty: float = 1.0  # of tokens in prompt and answer
+    presence_penalty: float = 0.0  # of tokens in the answer
+    frequency_penalty: float = 0.0  # of the same, for each time
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id -> what is added to its logit
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # tell each token's, and those of so many of the likeliest; None: don't
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt or "", *(message.content for message in self.messages))
@@ -84,21 +92,37 @@ class Completion:
     def submit(self, request_id: RequestId, received: tuple[int, ...]) -> Submit:
         """The message. Raises ConfigError naming the value that is out of range."""
         try:
-            sampling = SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
             return Submit(
                 request_id=request_id,
                 prompt=self.prompt,
                 messages=self.messages,
                 max_tokens=self.max_tokens,
-                sampling=sampling,
+                sampling=self._sampling(),
                 stop=self.stop,
                 ignore_eos=self.ignore_eos,
                 timeout_s=self.timeout_s,
                 received=received,
                 model=self.model,
+                stop_token_ids=self.stop_token_ids,
             )
         except ValueError as exc:
             raise errors.ConfigError(str(exc)) from exc
+
+    def _sampling(self) -> SamplingParams:
+        penalties = Penalties(
+            repetition=self.repetition_penalty, presence=self.presence_penalty, frequency=self.frequency_penalty
+        )
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            index=self.index,
+            min_p=self.min_p,
+            logprobs=self.logprobs,
+            penalties=None if penalties == Penalties() else penalties,
+            logit_bias=tuple(self.logit_bias.items()),
+        )
 
 
 def _check_text(what: str, *texts: str) -> None:
@@ -117,6 +141,7 @@ class Event:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     notice: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of the new tokens, if asked for
 
 
 @dataclass(slots=True)
@@ -129,6 +154,7 @@ class CompletionStream:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finished: Finished | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, if asked for
     token_times: list[float] = field(default_factory=list)  # when each token came, in seconds from the start
     _tail_sent: bool = False
     _asked_again_at: int | None = None  # how many tokens there were when a gap made us ask for the rest
@@ -182,12 +208,17 @@ class CompletionStream:
             self._tail_sent = True
         self.token_ids += message.token_ids
         self.text += message.text
-        return Event(message.text, message.token_ids)
+        self.logprobs += message.logprobs
+        return Event(message.text, message.token_ids, logprobs=message.logprobs)
 
     def figures(self) -> dict[str, Any]:
         """Text, ids and speed, for people and scripts."""
         times = self.token_times
         decoding_s = times[-1] - times[0] if len(times) > 1 else 0.0
+        told = [
+            {"logprob": one.logprob, "top": list(zip(one.top_ids, one.top_logprobs, strict=True))}
+            for one in self.logprobs
+        ]
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -197,6 +228,7 @@ class CompletionStream:
             "first_token_s": times[0] if times else 0.0,
             "tokens_per_s": (len(times) - 1) / decoding_s if decoding_s > 0 else 0.0,
             "longest_gap_s": max((b - a for a, b in itertools.pairwise(times)), default=0.0),
+            **({"logprobs": told} if self.completion.logprobs is not None else {}),
         }
 
 

@@ -137,6 +137,8 @@ class Answers:
         spec = self._model.spec
         if any(not 0 <= token_id < spec.vocab_size for token_id in submit.received):
             raise ConfigError(f"received token ids must lie in [0, {spec.vocab_size}), some don't")
+        if (most := max((token_id for token_id, _ in submit.sampling.logit_bias), default=0)) >= spec.vocab_size:
+            raise ConfigError(f"logit_bias names token {most}, this model's ids lie in [0, {spec.vocab_size})")
         ids = self._model.prompt_ids(submit)
         limit = spec.max_positions
         if len(ids) + 1 > limit:
@@ -248,14 +250,15 @@ class Answers:
         if request is None:
             return
         try:
-            self._take(request, progress.token_id, progress.finish_reason)
+            self._take(request, progress)
         except Exception as exc:  # a bug of ours: it ends this answer and no other
             logger.exception("answer not told request=%s", request.request_id)
             self._fail(request, RequestFailed(f"the coordinator couldn't go on with this answer: {exc!r}"))
 
-    def _take(self, request: Request, token_id: int, reason: FinishReason | None) -> None:
+    def _take(self, request: Request, progress: SequenceProgress) -> None:
+        reason: FinishReason | None = progress.finish_reason
         request.num_faults = 0
-        request.take(token_id)
+        request.take(progress.token_id, progress.logprobs)
         if request.text.is_stopped:
             reason = "stop"
         if reason is None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Protocol
 
@@ -163,8 +163,8 @@ class Replica:
 
     # -- running steps
 
-    async def execute(self, parts: tuple[SequencePart, ...], timeout_s: float) -> tuple[int, ...]:
-        """Run one batch through every stage; the sampled token of each part that asked for one, in order.
+    async def execute(self, parts: tuple[SequencePart, ...], timeout_s: float) -> StepDone:
+        """Run one batch through every stage: the sampled token of each part that asked for one, in order.
 
         Raises ReplicaFault when a rank is lost, refuses, or nothing comes back within timeout_s.
         """
@@ -173,7 +173,12 @@ class Replica:
         step = RunStep(epoch=self.epoch, step=self.step_number, parts=parts, timeout_s=timeout_s)
         self.step_number += 1
         self._waiting = asyncio.get_running_loop().create_future()
-        deaf = frozenset(w for w in self.assignments if not self.transport.send_work(w, step))
+        plain = _without_extras(step)
+        deaf = frozenset(
+            worker_id
+            for worker_id, assignment in self.assignments.items()
+            if not self.transport.send_work(worker_id, step if assignment.is_last else plain)
+        )
         if deaf:
             raise ReplicaFault(f"step {step.step} didn't reach {', '.join(sorted(deaf))}", deaf)
         try:
@@ -186,9 +191,11 @@ class Replica:
         wanted = sum(part.sample is not None for part in parts)
         if len(done.token_ids) != wanted:
             raise ReplicaFault(f"step {step.step}: {len(done.token_ids)} tokens came back, {wanted} were asked for")
+        if not _has_logprobs_as_asked(done, parts):
+            raise ReplicaFault(f"step {step.step}: came back without the logprobs that were asked for, or with others")
         self.tokens_done += wanted
         self._recent.append((time.monotonic(), wanted))
-        return done.token_ids
+        return done
 
     def on_work(self, worker_id: WorkerId, message: StepDone | StepFailed) -> None:
         """A rank reports. Only the sampling rank's result counts, and only for the step we wait for."""
@@ -231,3 +238,20 @@ class Replica:
         """Have every rank free what this epoch holds."""
         for worker_id in self.assignments:
             self.transport.send_control(worker_id, Discard(epoch=self.epoch))
+
+
+def _without_extras(step: RunStep) -> RunStep:
+    """What stages before the last need of it: they don't sample, and what sampling takes may be long."""
+    if not any(part.extra_bytes for part in step.parts):
+        return step
+    return replace(step, parts=tuple(replace(part, sample=None, seen=None) for part in step.parts))
+
+
+def _has_logprobs_as_asked(done: StepDone, parts: tuple[SequencePart, ...]) -> bool:
+    asked = [part.sample.logprobs for part in parts if part.sample is not None]
+    if not done.logprobs:
+        return all(count is None for count in asked)
+    return len(done.logprobs) == len(asked) and all(
+        (count is None) == (found is None) and (found is None or len(found.top_ids) <= (count or 0))
+        for count, found in zip(asked, done.logprobs, strict=True)
+    )

@@ -12,6 +12,7 @@ from skynet.coordinator.text import AnswerText
 from skynet.errors import CapacityError
 from skynet.protocol.ids import PeerId, RequestId, SequenceId
 from skynet.protocol.messages import Failed, Finished, Submit, Tokens
+from skynet.protocol.steps import TokenLogprobs
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 MAX_FINISHED = 1024  # answers remembered for clients that come back for their end
@@ -34,6 +35,7 @@ class Request:
     shortage: CapacityError | None = None  # why it waits although replicas serve: none has cache enough for it
     num_faults: int = 0  # steps in a row that failed without a worker being lost
     texts: list[str] = field(default_factory=list)  # what each token that was sampled here added
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each of them, if the client wants that
     tail: str = ""  # what came out of the text when it ended
     end: Finished | Failed | None = None
     num_told: int = 0  # of the answer's tokens, how many the client was sent: a prefix, never with a gap
@@ -63,12 +65,14 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and answer: what remembering this costs."""
-        return len(self.sequence.token_ids)
+        """Of prompt and answer, those that logprobs name included: what remembering this costs."""
+        return len(self.sequence.token_ids) + len(self.logprobs) * (1 + (self.submit.sampling.logprobs or 0))
 
-    def take(self, token_id: int) -> None:
+    def take(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """A new token was sampled. The text it adds may be empty (held back as a possible stop)."""
         self.texts.append(self.text.push(token_id))
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
 
     def finish(self, reason: FinishReason) -> None:
         """The answer is complete: there is a rest of the text, perhaps, and an end."""
@@ -95,6 +99,7 @@ class Request:
             position=start,
             token_ids=tuple(self.sequence.token_ids[num_prompt + start : num_prompt + end]),
             text="".join(self.texts[start - self.num_before : end - self.num_before]),
+            logprobs=tuple(self.logprobs[start - self.num_before : end - self.num_before]),
         )
 
     def told(self, message: Tokens | Finished | Failed) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from skynet.coordinator.blocks import BlockManager, BlockTable
+from skynet.coordinator.seen import Tally
 from skynet.errors import CapacityError
 from skynet.protocol.ids import SequenceId
-from skynet.protocol.steps import SamplingParams, SequencePart
+from skynet.protocol.steps import MAX_BIASES, MAX_SEEN, SamplingParams, SeenTokens, SequencePart, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,9 @@ class SchedulerConfig:
     max_running: int = 64  # sequences in one step
     max_step_tokens: int = 512  # of all sequences in one step; long prompts enter in chunks of what decoding leaves
     block_bytes: int = 0  # of one block over all layers and ranks, to say how much memory is missing; 0: unknown
+    max_extra_bytes: int = (
+        8 * MAX_SEEN + 16 * MAX_BIASES
+    )  # of seen tokens and biases in one step: its message has a limit of 1 MiB
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.max_step_tokens:
@@ -49,8 +53,11 @@ class Sequence:
     eos_ids: frozenset[int]
     sampling: SamplingParams
     adapter: int = 0
+    _tally: Tally | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.sampling.penalties is not None:
+            self._tally = Tally(self.sampling.penalties, self.num_prompt)
         if not 1 <= self.num_prompt <= len(self.token_ids):
             raise ValueError(f"a sequence of {len(self.token_ids)} tokens can't have a prompt of {self.num_prompt}")
         if self.num_answered >= self.max_tokens:
@@ -65,6 +72,10 @@ class Sequence:
         """Positions whose keys and values may be needed; those of the last token never are."""
         return self.num_prompt + self.max_tokens - 1
 
+    def seen(self) -> SeenTokens | None:
+        """What its penalties are about now."""
+        return None if self._tally is None else self._tally.after(self.token_ids)
+
 
 @dataclass(slots=True, eq=False)
 class _Running:
@@ -74,6 +85,7 @@ class _Running:
     table: BlockTable
     num_computed: int = 0  # positions whose keys and values are in the cache
     is_in_flight: bool = False  # in a step that hasn't come back
+    num_passed_over: int = 0  # steps since it last sampled that had no room for what its sampling needs
 
     @property
     def num_pending(self) -> int:
@@ -110,6 +122,7 @@ class SequenceProgress:
     sequence_id: SequenceId
     token_id: int
     finish_reason: Literal["eos", "length"] | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,32 +286,57 @@ class Scheduler:
         chunks += self._share_budget(self.config.max_step_tokens - len(chunks))
         if not chunks:
             return None
-        for run, _ in chunks:
+        parts = self._within_limits([(run, _part(run, count)) for run, count in chunks])
+        for run, _ in parts:
             run.is_in_flight = True
-        return Step(tuple(_part(run, count) for run, count in chunks), tuple(run for run, _ in chunks), now)
+        return Step(tuple(part for _, part in parts), tuple(run for run, _ in parts), now)
 
-    def apply(self, step: Step, token_ids: Iterable[int], now: float) -> list[SequenceProgress]:
-        """Take a step's sampled tokens, one for each part that asked, in order of parts.
+    def _within_limits(self, parts: list[tuple[_Running, SequencePart]]) -> list[tuple[_Running, SequencePart]]:
+        """Without those whose seen tokens and biases the step's message has no room for: they come first next time."""
+        extras = [(run, part.extra_bytes) for run, part in parts if part.sample is not None]
+        if sum(size for _, size in extras) <= self.config.max_extra_bytes:
+            return parts
+        left, is_first = self.config.max_extra_bytes, True
+        passed_over: set[int] = set()
+        for run, size in sorted(extras, key=lambda extra: (-extra[0].num_passed_over, _run_age(extra[0]))):
+            if not size:
+                continue
+            if size <= left or is_first:
+                left, is_first, run.num_passed_over = left - size, False, 0
+            else:
+                passed_over.add(run.sequence.sequence_id)
+                run.num_passed_over += 1
+        return [(run, part) for run, part in parts if run.sequence.sequence_id not in passed_over]
+
+    def apply(
+        self,
+        step: Step,
+        token_ids: Iterable[int],
+        now: float,
+        logprobs: Iterable[TokenLogprobs | None] = (),
+    ) -> list[SequenceProgress]:
+        """Take a step's sampled tokens, one for each part that asked, in order of parts; logprobs as many or none.
 
         Parts of sequences that were cancelled, preempted or moved meanwhile are ignored.
         """
         sampled = list(token_ids)
         if len(sampled) != step.num_sampled:
             raise ValueError(f"step sampled {step.num_sampled} tokens, got {len(sampled)}")
-        tokens = iter(sampled)
+        known = list(logprobs) or [None] * len(sampled)
+        tokens = iter(zip(sampled, known, strict=True))
         progress = []
         for part, run in zip(step.parts, step.runs, strict=True):
-            token_id = next(tokens) if part.sample is not None else None
+            token = next(tokens) if part.sample is not None else None
             if not self._is_here(run):
                 continue
             run.is_in_flight = False
             run.num_computed += len(part.token_ids)
             self._num_computed_tokens += len(part.token_ids)
-            if token_id is not None:
-                progress.append(self._append(run.sequence, token_id))
+            if token is not None:
+                progress.append(self._append(run.sequence, *token))
         return progress
 
-    def _append(self, sequence: Sequence, token_id: int) -> SequenceProgress:
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> SequenceProgress:
         sequence.token_ids.append(token_id)
         reason: Literal["eos", "length"] | None = None
         if token_id in sequence.eos_ids:
@@ -307,7 +345,7 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self.cancel(sequence.sequence_id)
-        return SequenceProgress(sequence.sequence_id, token_id, reason)
+        return SequenceProgress(sequence.sequence_id, token_id, reason, logprobs)
 
     def _ready(self) -> list[_Running]:
         """Those no step in flight has, oldest first."""
@@ -437,11 +475,13 @@ def _run_age(run: _Running) -> int:
 def _part(run: _Running, count: int) -> SequencePart:
     start, end = run.num_computed, run.num_computed + count
     sequence = run.sequence
+    samples = end == len(sequence.token_ids)
     return SequencePart(
         sequence_id=sequence.sequence_id,
         token_ids=tuple(sequence.token_ids[start:end]),
         start=start,
         block_table=run.table.blocks,
-        sample=sequence.sampling if end == len(sequence.token_ids) else None,
+        sample=sequence.sampling if samples else None,
         adapter=sequence.adapter,
+        seen=sequence.seen() if samples else None,
     )

@@ -66,7 +66,7 @@ class ServedModel:
 
     def answer_text(self, submit: Submit, prompt_ids: Sequence[int]) -> AnswerText:
         """A fresh text of an answer to this."""
-        return self.text.answer(submit.stop, prompt_ids)
+        return self.text.answer(submit.stop, prompt_ids, submit.stop_token_ids)
 
 
 class _Found(NamedTuple):

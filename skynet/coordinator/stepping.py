@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from skynet.coordinator.answers import Answers
 from skynet.coordinator.engine_config import EngineConfig
@@ -14,7 +14,7 @@ from skynet.coordinator.replica import Phase, Replica, ReplicaFault, Transport
 from skynet.coordinator.scheduler import Step
 from skynet.protocol.ids import WorkerId
 from skynet.protocol.messages import Busy, Evicted, Ping, Pong
-from skynet.protocol.steps import SequencePart
+from skynet.protocol.steps import SequencePart, StepDone
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,9 @@ class Stepper:
             try:
                 async with replica.lock:
                     step = replica.scheduler.form_step(self._clock()) if replica.phase is Phase.SERVING else None
-                    token_ids = await self.execute(replica, step.parts) if step is not None else ()
-                if step is not None:
-                    for progress in replica.scheduler.apply(step, token_ids, self._clock()):
+                    done = await self.execute(replica, step.parts) if step is not None else None
+                if step is not None and done is not None:
+                    for progress in replica.scheduler.apply(step, done.token_ids, self._clock(), done.logprobs):
                         self._answers.take(progress)
             except ReplicaFault as fault:
                 replica.fail(fault)
@@ -99,7 +99,7 @@ class Stepper:
         if replica.phase is Phase.BROKEN:
             await self._broken(replica, () if step is None else step.parts)
 
-    async def execute(self, replica: Replica, parts: tuple[SequencePart, ...]) -> tuple[int, ...]:
+    async def execute(self, replica: Replica, parts: tuple[SequencePart, ...]) -> StepDone:
         """One step; when it is late, its workers must show that they live. Raises ReplicaFault."""
         num_tokens = sum(len(part.token_ids) for part in parts)
         predicted = replica.predicted_step_s(num_tokens)
@@ -110,11 +110,11 @@ class Stepper:
             while True:
                 done, _ = await asyncio.wait({running}, timeout=patience_s)
                 if done:
-                    token_ids = running.result()
-                    if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
+                    step_done = running.result()
+                    if any(not 0 <= token_id < self._vocab_size for token_id in _ids_in(step_done)):
                         raise ReplicaFault(f"a step of epoch {replica.epoch} sampled ids outside the vocabulary")
                     self._note_pace(replica, num_tokens, self._clock() - began)
-                    return token_ids
+                    return step_done
                 logger.warning("step late epoch=%s after_s=%.1f predicted_s=%.3f", replica.epoch, patience_s, predicted)
                 await self.evict_silent(replica.workers)
                 self._evict_stuck(replica, max(self._config.stuck_floor_s, 3 * patience_s))
@@ -191,3 +191,10 @@ class Stepper:
             if replica.workers <= self._membership.members.keys():
                 self._answers.blame(parts, fault)
         self._replan()
+
+
+def _ids_in(done: StepDone) -> Iterator[int]:
+    """Every token id that a worker told."""
+    yield from done.token_ids
+    for found in done.logprobs:
+        yield from () if found is None else found.top_ids

@@ -113,17 +113,24 @@ class StopMatcher:
 class AnswerText:
     """The text of one answer, from its token ids."""
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detokenizer: IncrementalDetokenizer, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()
+    ) -> None:
         self._detokenizer = detokenizer
         self._stop = StopMatcher(stop)
+        self._stop_ids = frozenset(stop_ids)
+        self._has_stop_id = False
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string was found: what is pushed from now on isn't part of the answer."""
-        return self._stop.is_stopped
+        """A stop string or token was found: what is pushed from now on isn't part of the answer."""
+        return self._has_stop_id or self._stop.is_stopped
 
     def push(self, token_id: int) -> str:
-        """The text that can be shown now that this token is known; may be empty."""
+        """The text that can be shown now that this token is known; may be empty. A stop token's own text isn't."""
+        self._has_stop_id = self._has_stop_id or token_id in self._stop_ids
+        if self._has_stop_id:
+            return ""
         return self._stop.push(self._detokenizer.push(token_id))
 
     def close(self) -> str:
@@ -182,10 +189,16 @@ class TextModel:
         """Token ids of a conversation, up to where the model's answer begins. Raises ConfigError."""
         return self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
 
-    def answer(self, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> AnswerText:
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, as logprobs show it; of a cut character a replacement, of an unknown id nothing."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def answer(
+        self, stop: Sequence[str] = (), prompt_ids: Sequence[int] = (), stop_ids: Sequence[int] = ()
+    ) -> AnswerText:
         """A fresh text of an answer to that prompt."""
         context = prompt_ids[-8 * NUM_CONTEXT_TOKENS :]  # more than enough, also where many are special tokens
-        return AnswerText(IncrementalDetokenizer(self._tokenizer, self.hidden_ids, context), stop)
+        return AnswerText(IncrementalDetokenizer(self._tokenizer, self.hidden_ids, context), stop, stop_ids)
 
     def _read_eos_ids(self) -> frozenset[int]:
         for name in ("generation_config.json", "config.json"):

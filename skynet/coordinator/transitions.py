@@ -148,7 +148,7 @@ class Transitions:
                 if step is None:
                     return
                 try:
-                    token_ids = await self._stepper.execute(fresh, step.parts)
+                    done = await self._stepper.execute(fresh, step.parts)
                 except ReplicaFault as fault:
                     reason = f"building ahead: {fault}"
                     if fault.is_unfit:
@@ -156,7 +156,7 @@ class Transitions:
                     if not fault.is_loss:  # a suspect may well be alive: only silence evicts
                         await self._stepper.evict_silent(fault.suspects or fresh.workers)
                     raise ReplicaFault(reason, is_loss=fault.is_loss) from fault
-                fresh.scheduler.apply(step, token_ids, self._clock())
+                fresh.scheduler.apply(step, done.token_ids, self._clock())
                 if step.num_tokens < max_tokens:
                     return  # it built all there was, and the old epoch hasn't moved since
 

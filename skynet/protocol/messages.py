@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Literal
 from skynet.protocol.ids import PeerId, RequestId
 from skynet.protocol.plan import Epoch, StageAssignment
 from skynet.protocol.profile import LinkProfile, WorkerProfile
-from skynet.protocol.steps import RunStep, SamplingParams, StepDone, StepFailed
+from skynet.protocol.steps import MAX_ID, RunStep, SamplingParams, StepDone, StepFailed, TokenLogprobs
 
 MAX_TEXT_CHARS: Final = 1 << 19  # of one prompt
 MAX_NAME_CHARS: Final = 256
@@ -286,9 +286,12 @@ class Submit:
     timeout_s: float = 300.0  # how long it may wait for workers
     received: tuple[int, ...] = ()  # token ids the client already has
     model: str | None = None  # refuse to run on another one
+    stop_token_ids: tuple[int, ...] = ()  # the answer ends with the first of them, whose text isn't shown
 
     def __post_init__(self) -> None:
         check_size("request id", self.request_id, 64)
+        if len(self.stop_token_ids) > 64 or any(not 0 <= i < MAX_ID for i in self.stop_token_ids):
+            raise ValueError(f"at most 64 stop token ids in [0, {MAX_ID}) are allowed")
         check_size("model", self.model or "", 1024)
         if (self.prompt is None) == (not self.messages):
             raise ValueError("a request has either a prompt or messages")
@@ -428,6 +431,7 @@ class Tokens:
     position: int  # of the first of `token_ids` in the answer
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids` if the request wants them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

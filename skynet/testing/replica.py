@@ -19,7 +19,7 @@ from skynet.protocol.steps import RunStep
 from skynet.testing.loopback import LoopbackGroup, run_ranks
 from skynet.worker.collectives import Collective
 from skynet.worker.stage.loader import load_stage
-from skynet.worker.stage.sampler import sample
+from skynet.worker.stage.sampler import Sampled, sample
 from skynet.worker.stage.stage import Stage
 
 T = TypeVar("T")
@@ -86,13 +86,17 @@ class LoopbackReplica:
 
     def run(self, step: RunStep) -> tuple[int, ...]:
         """The sampled tokens. Raises StepRejected like any stage."""
+        return self.sample(step).token_ids
+
+    def sample(self, step: RunStep) -> Sampled:
+        """The sampled tokens and their logprobs. Raises StepRejected like any stage."""
         hidden: Tensor | None = None
         for s in range(len(self.stages)):
             results = self._each_rank(s, partial(_run, step=step, hidden=hidden))
             if s < len(self.stages) - 1:
                 hidden = _tensor(results[0])
         sampled = results[0]
-        if not isinstance(sampled, tuple) or any(result is not None for result in results[1:]):
+        if not isinstance(sampled, Sampled) or any(result is not None for result in results[1:]):
             raise AssertionError(f"rank 0 alone gives tokens, got {results}")
         return sampled
 
@@ -103,7 +107,7 @@ class LoopbackReplica:
         for s in range(len(self.stages) - 1):
             hidden = self._each_rank(s, partial(_forward, step=step, hidden=hidden))[0]
 
-        def finish(stage: Stage, group: Collective) -> tuple[tuple[int, ...] | None, Tensor]:
+        def finish(stage: Stage, group: Collective) -> tuple[Sampled | None, Tensor]:
             with torch.inference_mode():
                 batch = stage.check(step, hidden)
                 rows = [wanted.row for wanted in batch.samples]
@@ -111,13 +115,14 @@ class LoopbackReplica:
                 return sample(logits, batch.samples, stage.vocab, group), logits.float()
 
         results = self._each_rank(len(self.stages) - 1, finish)
-        return StepResult(results[0][0] or (), torch.cat([logits for _, logits in results], -1))
+        sampled = results[0][0] or Sampled(())
+        return StepResult(sampled.token_ids, torch.cat([logits for _, logits in results], -1))
 
     def _each_rank(self, s: int, work: Callable[[Stage, Collective], T]) -> list[T]:
         return run_ranks(self._groups[s], lambda group: work(self.stages[s][group.rank], self._wrap(s, group)))
 
 
-def _run(stage: Stage, group: Collective, *, step: RunStep, hidden: Tensor | None) -> Tensor | tuple[int, ...] | None:
+def _run(stage: Stage, group: Collective, *, step: RunStep, hidden: Tensor | None) -> Tensor | Sampled | None:
     return stage.run(step, hidden, group)
 
 

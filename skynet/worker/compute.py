@@ -28,6 +28,7 @@ from skynet.protocol.profile import LinkProfile
 from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep, StepDone, StepFailed
 from skynet.worker.doing import Doing, WatchedGroup
+from skynet.worker.stage.sampler import Sampled
 from skynet.worker.stage.stage import Stage
 from skynet.worker.zmq_group import ZmqGroup, recv_hidden, send_hidden
 
@@ -390,7 +391,7 @@ class ComputeThread:
         started = time.perf_counter()
         self.doing.begin(step.epoch, step.step)
         try:
-            token_ids = self._forward(held, step)
+            sampled = self._forward(held, step)
         except StepAborted:
             held.is_aborted = True
             return None
@@ -406,9 +407,11 @@ class ComputeThread:
             self.stats.busy_s += time.perf_counter() - started
         self.stats.steps_done += 1
         self.stats.tokens_done += sum(len(part.token_ids) for part in step.parts)
-        return None if token_ids is None else StepDone(epoch=step.epoch, step=step.step, token_ids=token_ids)
+        if sampled is None:
+            return None
+        return StepDone(epoch=step.epoch, step=step.step, token_ids=sampled.token_ids, logprobs=sampled.logprobs)
 
-    def _forward(self, held: _Epoch, step: RunStep) -> tuple[int, ...] | None:
+    def _forward(self, held: _Epoch, step: RunStep) -> Sampled | None:
         if step.step < held.next_step:
             raise StepRejected(f"step {step.step} of epoch {step.epoch} came again")
         held.next_step = step.step + 1

@@ -8,11 +8,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skynet.errors import StepRejected
-from skynet.protocol.steps import RunStep, SamplingParams, SequencePart
+from skynet.protocol.steps import RunStep, SamplingParams, SeenTokens, SequencePart
 
 MAX_STEP_TOKENS = 1 << 16
 
@@ -48,6 +49,7 @@ class Sample(NamedTuple):
     row: int
     position: int  # of the token to be sampled
     params: SamplingParams
+    seen: SeenTokens | None = None  # where there are penalties
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +93,7 @@ def build_batch(step: RunStep, limits: StepLimits, adapters: Collection[int], de
         slots += [table[p // size] * size + p % size for p in range(part.start, end)]
         parts.append(_view(part, row, size, device))
         if part.sample is not None:
-            samples.append(Sample(row + count - 1, end, part.sample))
+            samples.append(Sample(row + count - 1, end, part.sample, part.seen))
         if part.adapter:
             adapter_rows.append((part.adapter, slice(row, row + count)))
         row += count
@@ -140,6 +142,23 @@ def _check_part(part: SequencePart, who: str, limits: StepLimits, adapters: Coll
         raise StepRejected(f"{who}: its block table names a block twice")
     if part.adapter and part.adapter not in adapters:
         raise StepRejected(f"{who}: adapter {part.adapter} isn't loaded here")
+    if part.sample is not None and part.sample.changes_logits:
+        _check_changes(part.sample, part.seen, who, limits.vocab_size)
+
+
+def _check_changes(params: SamplingParams, seen: SeenTokens | None, who: str, vocab_size: int) -> None:
+    """What is to be done to logits must be about tokens that there are."""
+    if any(token_id >= vocab_size for token_id, _ in params.logit_bias):
+        raise StepRejected(f"{who}: logit_bias must be about token ids in [0, {vocab_size})")
+    if params.penalties is None:
+        return
+    if seen is None:
+        raise StepRejected(f"{who}: asks for penalties and doesn't say what tokens were seen")
+    if params.penalties.counts_answer and len(seen.counts) != len(seen.ids):
+        raise StepRejected(f"{who}: doesn't say how often the answer has the tokens that were seen")
+    ids = np.frombuffer(seen.ids, "<u4").astype(np.int64)
+    if len(ids) and not (ids[-1] < vocab_size and (np.diff(ids) > 0).all()):
+        raise StepRejected(f"{who}: seen token ids must ascend in [0, {vocab_size})")
 
 
 def _view(part: SequencePart, row: int, block_size: int, device: torch.device) -> PartView:

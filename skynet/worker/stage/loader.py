@@ -16,6 +16,7 @@ from skynet.protocol.plan import Dtype, Span, StageAssignment
 from skynet.worker.collectives import Collective
 from skynet.worker.stage.adapters import AdapterTable
 from skynet.worker.stage.batch import StepBatch, StepLimits
+from skynet.worker.stage.candidates import MAX_VOCAB
 from skynet.worker.stage.kv_cache import KvCache
 from skynet.worker.stage.lean import LeanLayer
 from skynet.worker.stage.lean_loader import LeanLoader, Rank
@@ -23,7 +24,6 @@ from skynet.worker.stage.matrix import Matrix, PlainMatrix, make_matrix
 from skynet.worker.stage.norm import RmsNorm
 from skynet.worker.stage.reader import Progress, ShardReader
 from skynet.worker.stage.rope import Rope
-from skynet.worker.stage.sampler import MAX_VOCAB
 from skynet.worker.stage.stage import Body, Stage
 from skynet.worker.stage.vocab import VocabEmbedding
 

@@ -4,15 +4,18 @@ Random numbers come from Philox keyed by (seed, index, position), one per vocabu
 rule: the token is the largest of logit / temperature + noise. So a choice depends on nothing but the logits and the
 key: not on batch, rank or layout, and a small change of one logit changes the choice only if two candidates lie close.
 
-Each rank sends rank 0 what a row needs and no more: its best (value, id) for greedy and plain temperature, its k best
-for top-k, its logits for top-p alone. All as float32: logits have no more digits, and ids stay below 2^24.
+Each rank applies bias and penalties to its own rows and sends rank 0 what a row needs and no more: its best (value, id)
+for greedy and plain temperature, its k best for top-k, what may be likely enough for min-p, its logits for top-p alone.
+docs/decisions/0090-order-of-sampling.md says in which order what is applied, and whose definitions these are.
 """
 
 # n rows that sample, v vocabulary rows of this rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,51 +23,45 @@ import torch
 from torch import Tensor
 
 from skynet.protocol.plan import Span
-from skynet.protocol.steps import SamplingParams
+from skynet.protocol.steps import LEAST_LOGPROB, Penalties, SamplingParams, SeenTokens, TokenLogprobs
 from skynet.worker.collectives import Collective
 from skynet.worker.stage.batch import Sample
-
-MAX_VOCAB = 1 << 24
+from skynet.worker.stage.candidates import MAX_VOCAB, Likely, Numbers, Offer, join, log_sum_exp, pack
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 
-class BadCandidates(ValueError):
-    """What this rank sent as candidates are none."""
+class Sampled(NamedTuple):
+    """The tokens of a step's rows that sample, in order of its parts."""
 
-    def __init__(self, message: str, rank: int) -> None:
-        super().__init__(message)
-        self.rank = rank
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()  # None where none are wanted; empty if nowhere
 
 
 def sample(
     logits: Tensor, samples: Sequence[Sample], vocab: Span, group: Collective, vocab_size: int = MAX_VOCAB
-) -> tuple[int, ...] | None:
-    """logits: [n, v] of this rank's vocabulary rows -> token ids in order at rank 0, None on the others.
+) -> Sampled | None:
+    """logits: [n, v] of this rank's vocabulary rows -> the choice for each row at rank 0, None on the others.
 
     Raises what the group raises, and BadCandidates of a rank.
     """
-    if group.size == 1 and all(_is_greedy(wanted.params) for wanted in samples):
-        return tuple(logits.argmax(-1).tolist())
+    if group.size == 1 and all(_is_argmax(wanted.params) for wanted in samples):
+        return Sampled(tuple(logits.argmax(-1).tolist()))
     host = logits.detach().to("cpu", torch.float32).numpy()
-    host = np.where(np.isnan(host), np.float32(-np.inf), host)
-    sent = [_candidates(row, wanted, vocab) for row, wanted in zip(host, samples, strict=True)]
-    header = np.array([part.shape[1] for part in sent], dtype=np.float32)
-    payload = np.concatenate([header, *(part.ravel() for part in sent)])
+    host = np.where(np.isnan(host), np.float32(-np.inf), host)  # a copy, which is changed below
+    payload = pack([_offer(row, wanted, vocab) for row, wanted in zip(host, samples, strict=True)])
     received = group.gather(torch.from_numpy(payload), root=0)
     if received is None:
         return None
-    ranks = []
-    next_ids = np.zeros(len(samples))  # ids ascend over the ranks
-    for rank, part in enumerate(received):
-        try:
-            ranks.append(_unpack(part.numpy(), len(samples), next_ids, vocab_size))
-        except ValueError as exc:
-            raise BadCandidates(f"rank {rank}: {exc}", rank) from exc
-    return tuple(
-        _choose(np.concatenate([rank[i] for rank in ranks], axis=1), wanted) for i, wanted in enumerate(samples)
-    )
+    wants = [wanted.params.logprobs is not None for wanted in samples]
+    offers = join([part.numpy() for part in received], wants, vocab_size)
+    chosen = [_choose(offer.candidates, wanted) for offer, wanted in zip(offers, samples, strict=True)]
+    token_ids = tuple(int(offer.candidates[1, i]) for offer, i in zip(offers, chosen, strict=True))
+    if not any(wants):
+        return Sampled(token_ids)
+    rows = zip(offers, chosen, samples, strict=True)
+    return Sampled(token_ids, tuple(_logprobs(offer.likely, i, wanted.params) for offer, i, wanted in rows))
 
 
 def gumbel_noise(params: SamplingParams, position: int, span: Span) -> Floats:
@@ -82,8 +79,63 @@ def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 or params.top_k == 1
 
 
-def _candidates(logits: npt.NDArray[np.float32], wanted: Sample, vocab: Span) -> npt.NDArray[np.float32]:
-    """What rank 0 needs of this rank's logits [v]: [2, c] values and ids, ids ascending."""
+def _is_argmax(params: SamplingParams) -> bool:
+    """Whether the largest logit is all there is to find."""
+    return _is_greedy(params) and params.logprobs is None and not params.changes_logits
+
+
+def _offer(logits: Numbers, wanted: Sample, vocab: Span) -> Offer:
+    """What rank 0 needs of this rank's logits [v], which bias and penalties are applied to in place."""
+    count = wanted.params.logprobs
+    if count is None:
+        _change(logits, wanted, vocab)
+        return Offer(_candidates(logits, wanted, vocab))
+    plain = logits.copy()
+    _change(logits, wanted, vocab)
+    candidates = _candidates(logits, wanted, vocab)
+    top = _top(plain, count) if count < len(vocab) else np.arange(len(vocab))
+    return Offer(
+        candidates,
+        Likely(
+            plain[candidates[1].astype(np.int64) - vocab.start],
+            log_sum_exp(plain),
+            np.stack([plain[top], (top + vocab.start).astype(np.float32)]),
+        ),
+    )
+
+
+def _change(logits: Numbers, wanted: Sample, vocab: Span) -> None:
+    """Logit bias, then penalties, in place."""
+    params = wanted.params
+    if params.logit_bias:
+        own = [
+            (token_id - vocab.start, bias)
+            for token_id, bias in params.logit_bias
+            if vocab.start <= token_id < vocab.end
+        ]
+        if own:
+            logits[[i for i, _ in own]] += np.array([bias for _, bias in own], dtype=np.float32)
+    if params.penalties is not None and wanted.seen is not None:
+        _penalize(logits, params.penalties, wanted.seen, vocab)
+
+
+def _penalize(logits: Numbers, penalties: Penalties, seen: SeenTokens, vocab: Span) -> None:
+    ids = np.frombuffer(seen.ids, "<u4").astype(np.int64)
+    own = slice(*np.searchsorted(ids, [vocab.start, vocab.end]))
+    ids = ids[own] - vocab.start
+    values = logits[ids]
+    if penalties.repetition != 1:
+        factor = np.float32(penalties.repetition)
+        values = np.where(values < 0, values * factor, values / factor)
+    if penalties.counts_answer:
+        counts = np.frombuffer(seen.counts, "<u4")[own].astype(np.float32)
+        values = values - np.float32(penalties.frequency) * counts
+        values = values - np.float32(penalties.presence) * (counts > 0).astype(np.float32)
+    logits[ids] = values
+
+
+def _candidates(logits: Numbers, wanted: Sample, vocab: Span) -> Numbers:
+    """What rank 0 needs of this rank's changed logits [v]: [2, c] values and ids, ids ascending."""
     params = wanted.params
     if not len(vocab):
         return np.empty((2, 0), dtype=np.float32)
@@ -93,6 +145,8 @@ def _candidates(logits: npt.NDArray[np.float32], wanted: Sample, vocab: Span) ->
         chosen = _top(logits, params.top_k)
     elif params.top_k or params.top_p < 1:
         chosen = np.arange(len(vocab))
+    elif params.min_p > 0:  # what isn't likely enough beside our best isn't beside a better one
+        chosen = _likely_enough(logits.astype(np.float64) / params.temperature, params.min_p)
     else:  # plain temperature: the best by value and noise; rank 0 sees that value
         noisy = logits.astype(np.float64) / params.temperature + gumbel_noise(params, wanted.position, vocab)
         best = int(noisy.argmax())
@@ -100,52 +154,34 @@ def _candidates(logits: npt.NDArray[np.float32], wanted: Sample, vocab: Span) ->
     return np.stack([logits[chosen], (chosen + vocab.start).astype(np.float32)])
 
 
-def _top(values: npt.NDArray[np.float32], count: int) -> Ids:
+def _top(values: Numbers, count: int) -> Ids:
     """Indices of the `count` largest, ascending; of equal values the lower indices are taken."""
+    if not count:
+        return np.empty(0, dtype=np.int64)
     threshold = np.partition(values, len(values) - count)[len(values) - count]
     above = np.flatnonzero(values > threshold)
     equal = np.flatnonzero(values == threshold)[: count - len(above)]
     return np.sort(np.concatenate([above, equal]))
 
 
-def _unpack(
-    payload: npt.NDArray[np.float32], count: int, next_ids: Floats, vocab_size: int
-) -> list[npt.NDArray[np.float32]]:
-    """`count` times [2, c] values and ids; `next_ids` are the least there may be, and are moved on. Or ValueError."""
-    sent = payload[:count] if payload.ndim == 1 else np.empty(0)
-    if len(sent) < count or not ((sent >= 0) & (sent <= vocab_size) & (sent == sent.round())).all():
-        raise ValueError(f"sent no number of candidates for each of {count} rows")
-    sizes = sent.astype(np.int64)
-    edges = count + np.concatenate([[0], np.cumsum(2 * sizes)])
-    if len(payload) != edges[-1]:
-        raise ValueError(f"sent {len(payload)} numbers, announced {edges[-1]}")
-    rows = [payload[edges[i] : edges[i + 1]].reshape(2, sizes[i]) for i in range(count)]
-    for i, (values, ids) in enumerate(rows):
-        if not len(ids):
-            continue
-        is_ascending = ids[0] >= next_ids[i] and ids[-1] < vocab_size and (ids[1:] > ids[:-1]).all()
-        if not is_ascending or not (ids == ids.round()).all() or np.isnan(values).any():
-            raise ValueError(f"sent candidates that aren't: ids must ascend from {next_ids[i]:.0f} below {vocab_size}")
-        next_ids[i] = ids[-1] + 1
-    return rows
-
-
-def _choose(candidates: npt.NDArray[np.float32], wanted: Sample) -> int:
-    """candidates: [2, c] values and ids of all ranks, ids ascending. Of equals the lowest id wins."""
+def _choose(candidates: Numbers, wanted: Sample) -> int:
+    """candidates: [2, c] values and ids of all ranks, ids ascending -> which one. Of equals the lowest id wins."""
     params = wanted.params
     values, ids = candidates[0].astype(np.float64), candidates[1].astype(np.int64)
-    is_plain = not params.top_k and params.top_p == 1
+    is_plain = not params.top_k and params.top_p == 1 and not params.min_p
     if _is_greedy(params) or is_plain or not np.isfinite(values.max()):
-        return int(ids[int(values.argmax())])
+        return int(values.argmax())
+    kept = np.arange(len(ids))
     if params.top_k and params.top_k < len(ids):
         kept = _top(candidates[0], params.top_k)
-        values, ids = values[kept], ids[kept]
     values = values / params.temperature
     if params.top_p < 1:
-        kept = _nucleus(values, params.top_p)
-        values, ids = values[kept], ids[kept]
-    noise = gumbel_noise(params, wanted.position, Span(int(ids[0]), int(ids[-1]) + 1))[ids - ids[0]]
-    return int(ids[int((values + noise).argmax())])
+        kept = kept[_nucleus(values[kept], params.top_p)]
+    if params.min_p > 0:
+        kept = kept[_likely_enough(values[kept], params.min_p)]
+    first, last = int(ids[kept[0]]), int(ids[kept[-1]])
+    noise = gumbel_noise(params, wanted.position, Span(first, last + 1))[ids[kept] - first]
+    return int(kept[int((values[kept] + noise).argmax())])
 
 
 def _nucleus(values: Floats, top_p: float) -> Ids:
@@ -155,3 +191,27 @@ def _nucleus(values: Floats, top_p: float) -> Ids:
     reached = np.cumsum(weights) / weights.sum()
     count = int(np.searchsorted(reached, top_p)) + 1
     return np.sort(order[:count])
+
+
+def _likely_enough(values: Floats, min_p: float) -> Ids:
+    """Indices, ascending, of those at least `min_p` times as likely as the likeliest."""
+    largest = values.max()
+    if not np.isfinite(largest):
+        return np.array([int(values.argmax())])
+    return np.flatnonzero(values - largest >= math.log(min_p))
+
+
+def _logprobs(likely: Likely | None, chosen: int, params: SamplingParams) -> TokenLogprobs | None:
+    if likely is None:
+        return None
+    order = np.argsort(-likely.top[0], kind="stable")[: params.logprobs]
+    return TokenLogprobs(
+        logprob=_bounded(float(likely.plain[chosen]) - likely.log_sum),
+        top_ids=tuple(likely.top[1, order].astype(np.int64).tolist()),
+        top_logprobs=tuple(_bounded(float(value) - likely.log_sum) for value in likely.top[0, order]),
+    )
+
+
+def _bounded(logprob: float) -> float:
+    """Of infinite logits nothing can be said."""
+    return max(LEAST_LOGPROB, min(0.0, logprob)) if not math.isnan(logprob) else LEAST_LOGPROB

@@ -17,11 +17,10 @@ from skynet.protocol.steps import RunStep
 from skynet.worker.collectives import Collective
 from skynet.worker.stage.adapters import AdapterTable
 from skynet.worker.stage.batch import StepBatch, StepLimits, build_batch
+from skynet.worker.stage.candidates import BadCandidates
 from skynet.worker.stage.kv_cache import KvCache
 from skynet.worker.stage.matrix import Matrix
-from skynet.worker.stage.sampler import BadCandidates, sample
-
-Sampled = tuple[int, ...]
+from skynet.worker.stage.sampler import Sampled, sample
 
 
 class Body(Protocol):
@@ -103,7 +102,7 @@ class Stage:
         """One forward pass of this stage; every rank of the group calls it with the same step.
 
         hidden: [T, D] in the model's dtype, from the stage before; None on the first. Returns hidden states [T, D],
-        or on the last stage the sampled ids in order of the parts that sample, at rank 0, and None at the others.
+        or on the last stage what was sampled, in order of the parts that sample, at rank 0, and None at the others.
         Writes the step's keys and values into the cache. Raises StepRejected before anything is changed, and what the
         group raises.
         """
@@ -116,7 +115,7 @@ class Stage:
         if not self.assignment.is_last:
             return hidden
         if not batch.samples:
-            return () if group.rank == 0 else None
+            return Sampled(()) if group.rank == 0 else None
         logits = self.logits(hidden, [wanted.row for wanted in batch.samples])
         try:
             return sample(logits, batch.samples, self.vocab, group, self.limits.vocab_size)

@@ -77,7 +77,7 @@ def test_rows_slots_and_samples_follow_the_parts() -> None:
         (0, 3, 6, None),
         (3, 1, 8, 0),
     ]
-    assert batch.samples == ((3, 8, params),)
+    assert batch.samples == ((3, 8, params, None),)
     assert batch.adapter_rows == ((3, slice(0, 3)),)
 
 

@@ -15,7 +15,7 @@ from skynet.protocol.steps import SamplingParams
 from skynet.testing.loopback import LoopbackGroup, run_ranks
 from skynet.worker.collectives import SoloGroup
 from skynet.worker.stage.batch import Sample
-from skynet.worker.stage.sampler import gumbel_noise, sample
+from skynet.worker.stage.sampler import Sampled, gumbel_noise, sample
 
 VOCAB = 37
 GOLDEN = [1.2217504218391175, -0.031173686123884766, 0.7949567298661121]
@@ -34,10 +34,10 @@ def wanted(params: Sequence[SamplingParams], position: int = 10) -> list[Sample]
     return [Sample(row, position, p) for row, p in enumerate(params)]
 
 
-def sample_split(logits: Tensor, samples: list[Sample], edges: Sequence[int]) -> tuple[int, ...]:
+def sample_split(logits: Tensor, samples: list[Sample], edges: Sequence[int]) -> Sampled:
     spans = [Span(a, b) for a, b in itertools.pairwise(edges)]
 
-    def work(group: LoopbackGroup) -> tuple[int, ...] | None:
+    def work(group: LoopbackGroup) -> Sampled | None:
         span = spans[group.rank]
         return sample(logits[:, span.start : span.end], samples, span, group)
 
@@ -60,11 +60,10 @@ def test_any_split_of_the_vocabulary_chooses_the_same_tokens(edges: tuple[int, .
 def test_a_choice_does_not_depend_on_the_rest_of_the_batch() -> None:
     logits = torch.randn(len(KINDS), VOCAB, generator=torch.Generator().manual_seed(1))
     together = sample(logits, wanted(KINDS), Span(0, VOCAB), SoloGroup())
-    alone = [
-        sample(logits[i : i + 1], [Sample(0, 10, params)], Span(0, VOCAB), SoloGroup())
-        for i, params in enumerate(KINDS)
-    ]
-    assert [(token,) for token in together or ()] == alone
+    assert together is not None
+    for i, params in enumerate(KINDS):
+        alone = sample(logits[i : i + 1], [Sample(0, 10, params)], Span(0, VOCAB), SoloGroup())
+        assert alone == ((together.token_ids[i],), ())
 
 
 @pytest.mark.parametrize("edges", [(0, VOCAB), (0, 15, VOCAB)])
@@ -72,7 +71,7 @@ def test_equal_logits_go_to_the_lowest_id(edges: tuple[int, ...]) -> None:
     logits = torch.zeros(2, VOCAB)
     logits[0, [7, 21]] = 5.0
     samples = wanted([SamplingParams(), SamplingParams(temperature=1, top_k=1)])
-    assert sample_split(logits, samples, edges) == (7, 0)
+    assert sample_split(logits, samples, edges).token_ids == (7, 0)
 
 
 def test_the_same_key_gives_the_same_noise_whatever_span_is_asked_for() -> None:
@@ -113,7 +112,7 @@ def test_frequencies_follow_the_distribution(params: dict[str, float], allowed: 
         chosen = Sample(0, position, SamplingParams(temperature=temperature, seed=5, **params))  # type: ignore[arg-type]
         result = sample(logits, [chosen], Span(0, 8), SoloGroup())
         assert result is not None
-        seen[result[0]] += 1
+        seen[result.token_ids[0]] += 1
     assert seen[allowed:].sum() == 0
     deviation = (seen - count * p)[:allowed] / np.sqrt(count * p[:allowed] * (1 - p[:allowed]))
     assert np.abs(deviation).max() < 4
@@ -124,7 +123,7 @@ def test_logits_that_are_not_finite_still_give_a_token_of_the_vocabulary() -> No
     logits[:, 3] = float("-inf")
     result = sample(logits, wanted(KINDS), Span(0, VOCAB), SoloGroup())
     assert result is not None
-    assert all(0 <= token < VOCAB for token in result)
+    assert all(0 <= token < VOCAB for token in result.token_ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,5 +131,5 @@ def test_greedy_takes_the_largest_in_every_dtype(dtype: torch.dtype) -> None:
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(4)).to(dtype)
     samples = wanted([SamplingParams()] * 5)
     expected = tuple(logits.float().argmax(-1).tolist())
-    assert sample(logits, samples, Span(0, VOCAB), SoloGroup()) == expected
-    assert sample_split(logits, samples, (0, 11, VOCAB)) == expected
+    assert sample(logits, samples, Span(0, VOCAB), SoloGroup()) == (expected, ())
+    assert sample_split(logits, samples, (0, 11, VOCAB)) == (expected, ())
