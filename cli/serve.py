@@ -73,6 +73,13 @@ def coordinator(
     database: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the state store. Default: SQLite beside the keys.")
     ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the HTTP API listens, on loopback; off: nowhere. Default: 127.0.0.1:8000, or any if taken.",
+        ),
+    ] = None,
     lease_s: Annotated[float, typer.Option(help="Seconds after which a silent worker counts as lost.")] = 4.0,
     log_level: Verbosity = "info",
 ) -> None:
@@ -99,6 +106,7 @@ def coordinator(
             config_dir=environment.config_dir,
             cache_dir=environment.cache_dir,
             hub_endpoint=environment.hub_endpoint,
+            http=http,
         )
         run_async(serve(config))
     except Exception as exc:

@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from skynet import __version__
 from skynet.coordinator.administration import Administration
 from skynet.coordinator.admission import Admitted, Gatekeeper, must_invite
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
+from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.instance import sole_coordinator
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.news import StatusNews
@@ -78,6 +79,9 @@ from skynet.protocol.roles import Role, check_may_send
 from skynet.protocol.sockets import Port, SocketFactory
 from skynet.protocol.steps import RunStep
 
+if TYPE_CHECKING:
+    from skynet.coordinator.gateway.gateway import Gateway
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -90,12 +94,12 @@ async def serve(config: CoordinatorConfig) -> None:
         raise ConfigError(f"--lease-s {config.lease_s}: between 0.5 and 3600 seconds")
     config.check_name()
     config.check_hosts()
-    planner = config.planner()
+    planner, gateway = config.planner(), config.gateway()
     with sole_coordinator(config.config_dir):
-        await _serve_alone(config, planner)
+        await _serve_alone(config, planner, gateway)
 
 
-async def _serve_alone(config: CoordinatorConfig, planner: PlannerConfig) -> None:
+async def _serve_alone(config: CoordinatorConfig, planner: PlannerConfig, gateway: GatewayConfig | None) -> None:
     model = await _open_model(config)
     if planner.layout is not None and planner.layout.pipeline > model.spec.num_layers:
         raise ConfigError(f"--layout {planner.layout}: the model has {model.spec.num_layers} layers, pin fewer stages")
@@ -110,6 +114,8 @@ async def _serve_alone(config: CoordinatorConfig, planner: PlannerConfig) -> Non
         loop.add_signal_handler(number, running.cancel)
     server = CoordinatorServer(config, planner, model)
     try:
+        if gateway is not None:
+            server.open_gateway(gateway)
         await server.run()
     except asyncio.CancelledError:
         logger.info("coordinator stopped")
@@ -198,6 +204,13 @@ class CoordinatorServer:
             on_change=self._news.changed,
         )
         self.administration = Administration(self)
+        self._gateway: Gateway | None = None
+
+    def open_gateway(self, config: GatewayConfig) -> None:
+        """Have `run` serve HTTP too. Raises ConfigError if its port can't be had."""
+        from skynet.coordinator.gateway.gateway import Gateway  # slow to import, and not everybody wants it
+
+        self._gateway = Gateway(config, self.engine)
 
     def _let_owner_in(self) -> None:
         """Whoever holds the node key beside our own keys is our owner: no invite or approval is needed for that one."""
@@ -237,6 +250,8 @@ class CoordinatorServer:
                 tasks.create_task(self.work.run(), name="work")
                 tasks.create_task(self.engine.run(), name="engine")
                 tasks.create_task(self.sharing.run(), name="sharing")
+                if self._gateway is not None:
+                    tasks.create_task(self._gateway.run(), name="gateway")
                 tasks.create_task(self.administration.run(), name="administration")
                 tasks.create_task(self._news.run(), name="status")
                 tasks.create_task(self._forget_absent_again_and_again(), name="forget-absent")
@@ -256,6 +271,8 @@ class CoordinatorServer:
     async def close(self) -> None:
         """Stop everything; twice is fine."""
         await self.listener.stop()
+        if self._gateway is not None:
+            self._gateway.close()
         self.control.close()
         self.work.close()
         self.sharing.close()
@@ -440,6 +457,8 @@ class CoordinatorServer:
 
     def tell(self, client: PeerId, message: ToClient) -> bool:
         """False: it isn't connected or doesn't read. The engine tells it again what belongs to an answer."""
+        if self._gateway is not None and self._gateway.owns(client):
+            return self._gateway.tell(client, message)
         return self.control.send(client, message)
 
     def _answer(self, peer: PeerId, request_id: RequestId, body: str) -> None:

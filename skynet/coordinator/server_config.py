@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.planner import Layout, Objective, PlannerConfig
 from skynet.errors import ConfigError
 from skynet.protocol.addresses import check_host, local_interfaces, plain_ip
@@ -30,6 +31,7 @@ class CoordinatorConfig:
     config_dir: Path
     cache_dir: Path
     hub_endpoint: str | None = None
+    http: str | None = None  # HOST:PORT, or `off`; None: the default, or another port if that is taken
 
     def check_name(self) -> None:
         """Raises ConfigError for a name that can't be announced."""
@@ -50,6 +52,10 @@ class CoordinatorConfig:
                     f"--bind {host}: this machine hasn't that address but {', '.join(sorted(own))}; for that of a "
                     f"router that forwards to it use --bind 0.0.0.0 --announce {host}"
                 )
+
+    def gateway(self) -> GatewayConfig | None:
+        """None: no gateway. Raises ConfigError naming the option."""
+        return GatewayConfig.parse(self.http)
 
     def planner(self) -> PlannerConfig:
         """Raises ConfigError naming the option."""

@@ -91,6 +91,7 @@ class LocalSwarm:
         config = self.config
         arguments = ["coordinator", "--no-mdns", "--port", str(self.port), "--model", config.model]
         arguments += ["--lease-s", str(config.lease_s), "--log-level", config.log_level]
+        arguments += ["--http", "127.0.0.1:0"]
         for option, value in (("--layout", config.layout), ("--dtype", config.dtype), ("--context", config.context)):
             arguments += [option, str(value)] if value is not None else []
         self.coordinator = self._start("coordinator", [*arguments, *config.coordinator_arguments])
@@ -172,6 +173,12 @@ class LocalSwarm:
     def client_config(self) -> ClientConfig:
         address, keys = f"127.0.0.1:{self.port}", self.directory / "config"
         return ClientConfig(coordinator=address, config_dir=keys, find_s=30)  # all of it starts at once, on few cores
+
+    @property
+    def url(self) -> str:
+        """Of the HTTP API, without the /v1. Raises TimeoutError if the coordinator has none."""
+        assert self.coordinator is not None
+        return self.coordinator.wait_for(r"gateway ready url=(\S+)", 10)[1]
 
     def run(self, work: Callable[[Swarm], Coroutine[Any, Any, T]], timeout_s: float = 120.0) -> T:
         """Run asynchronous client code against the swarm from synchronous code."""
