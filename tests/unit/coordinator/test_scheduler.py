@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from skynet.coordinator.scheduler import Scheduler, SchedulerConfig, Sequence, SequenceProgress, Step
 from skynet.errors import CapacityError
 from skynet.protocol.ids import SequenceId
-from skynet.protocol.steps import SamplingParams, SequencePart
+from skynet.protocol.steps import Penalties, SamplingParams, SeenTokens, SequencePart
 
 EOS = 0
 MODULUS = 97
@@ -493,3 +494,43 @@ def test_guests_that_ended_elsewhere_give_their_blocks_back() -> None:
     assert scheduler.blocks.num_free < 4
     scheduler.warm([])
     assert scheduler.blocks.num_free == 4
+
+
+def test_parts_that_sample_say_what_their_penalties_are_about_also_after_a_loss() -> None:
+    scheduler = make(max_step_tokens=8)
+    asks = sequence(1, prompt=[9, 9, 7, 6, 5, 4, 3, 2, 9, 8], max_tokens=4)
+    penalized = replace(asks, sampling=SamplingParams(penalties=Penalties(frequency=1.0)))
+    scheduler.add(penalized)
+    told: list[SeenTokens | None] = []
+    for token_id in (None, 50, 51, 50):
+        step = scheduler.form_step(0)
+        assert step is not None
+        told.append(step.parts[0].seen)
+        scheduler.apply(step, [] if token_id is None else [token_id], 0)
+    assert told[0] is None  # a chunk of the prompt
+    scheduler.reset()
+    for _ in range(2):
+        step = scheduler.form_step(0)
+        assert step is not None
+        last = step.parts[0].seen
+        scheduler.apply(step, [1] * step.num_sampled, 0)
+    assert last is not None
+    assert (list(last.ids[::4]), list(last.counts[::4])) == ([50, 51], [2, 1])
+
+
+def test_sequences_whose_seen_tokens_do_not_fit_in_one_message_take_turns() -> None:
+    config = SchedulerConfig(num_blocks=64, block_size=4, max_running=8, max_step_tokens=99, max_extra_bytes=100)
+    scheduler, num_sampled = Scheduler(config), Counter[int]()
+    for number in range(1, 7):
+        asks = sequence(number, prompt=list(range(10 + number)), max_tokens=100)
+        params = SamplingParams(penalties=Penalties(repetition=1.1)) if number < 6 else SamplingParams()
+        scheduler.add(replace(asks, sampling=params))
+    for _ in range(30):
+        step = scheduler.form_step(0)
+        assert step is not None
+        sizes = [part.extra_bytes for part in step.parts]
+        assert sum(sizes) <= 100 or sum(size > 0 for size in sizes) == 1
+        num_sampled.update(part.sequence_id for part in step.parts)
+        scheduler.apply(step, [3] * step.num_sampled, 0)
+    assert num_sampled[6] == 30, "who asks for nothing waits for nobody"
+    assert min(num_sampled.values()) >= 8, "one and a half of five fit"

@@ -320,3 +320,23 @@ def test_text_needs_neither_torch_nor_transformers() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_stop_token_ends_the_answer_and_its_text_is_not_shown() -> None:
+    model = embedded()
+    ids = model.encode("Once upon a time there was")
+    stop = ids[-2]
+    text = model.answer(("time there were",), stop_ids=(stop,))
+    shown = ""
+    for count, token_id in enumerate(ids, 1):
+        assert text.is_stopped == (stop in ids[: count - 1])
+        shown += text.push(token_id)
+    shown += text.close()
+    assert shown == model.decode(ids[: ids.index(stop)])
+    assert text.close() == ""
+
+
+def test_tokens_by_themselves_have_a_text() -> None:
+    model = embedded()
+    assert "".join(model.token_text(i) for i in model.encode("upon a time")[-2:]).strip().endswith("time")
+    assert model.token_text(2**20) == ""

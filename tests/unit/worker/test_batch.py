@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from skynet.errors import StepRejected
 from skynet.protocol.ids import SequenceId
 from skynet.protocol.plan import Epoch
-from skynet.protocol.steps import RunStep, SamplingParams, SequencePart
+from skynet.protocol.steps import Penalties, RunStep, SamplingParams, SeenTokens, SequencePart
 from skynet.worker.stage.batch import MAX_STEP_TOKENS, StepBatch, StepLimits, build_batch
 
 LIMITS = StepLimits(vocab_size=50, max_positions=40, num_blocks=12, block_size=4)
@@ -22,6 +23,13 @@ LIMITS = StepLimits(vocab_size=50, max_positions=40, num_blocks=12, block_size=4
 def part(**fields: Any) -> SequencePart:
     good: dict[str, Any] = {"sequence_id": 1, "token_ids": (1, 2, 3), "start": 0, "block_table": (5,)}
     return SequencePart(**(good | fields))
+
+
+PENALTIES = SamplingParams(penalties=Penalties(presence=1.0))
+
+
+def seen(ids: tuple[int, ...], counts: tuple[int, ...] = ()) -> SeenTokens:
+    return SeenTokens(ids=np.array(ids, "<u4").tobytes(), counts=np.array(counts, "<u4").tobytes())
 
 
 def build(*parts: SequencePart) -> StepBatch:
@@ -45,6 +53,13 @@ def build(*parts: SequencePart) -> StepBatch:
         ({"block_table": (1, 1)}, "names a block twice"),
         ({"adapter": 4}, "adapter 4 isn't loaded"),
         ({"token_ids": (0,) * (MAX_STEP_TOKENS + 1)}, "at most"),
+        ({"sample": SamplingParams(logit_bias=((50, 1.0),))}, r"logit_bias must be about token ids in \[0, 50\)"),
+        ({"sample": PENALTIES}, "doesn't say what tokens were seen"),
+        ({"sample": PENALTIES, "seen": seen((3, 4))}, "doesn't say how often"),
+        ({"sample": PENALTIES, "seen": seen((4, 3), (1, 1))}, "must ascend"),
+        ({"sample": PENALTIES, "seen": seen((3, 3), (1, 1))}, "must ascend"),
+        ({"sample": PENALTIES, "seen": seen((3, 50), (1, 1))}, r"must ascend in \[0, 50\)"),
+        ({"sample": PENALTIES, "seen": seen((3, 2**32 - 1), (1, 1))}, "must ascend"),
     ],
 )
 def test_a_part_that_does_not_fit_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from skynet.protocol.plan import Span
-from skynet.protocol.steps import SamplingParams
+from skynet.protocol.steps import Penalties, SamplingParams, SeenTokens
 from skynet.testing.loopback import LoopbackGroup, run_ranks
 from skynet.worker.collectives import SoloGroup
 from skynet.worker.stage.batch import Sample
+from skynet.worker.stage.candidates import BadCandidates
 from skynet.worker.stage.sampler import Sampled, gumbel_noise, sample
 
 VOCAB = 37
@@ -133,3 +137,118 @@ def test_greedy_takes_the_largest_in_every_dtype(dtype: torch.dtype) -> None:
     expected = tuple(logits.float().argmax(-1).tolist())
     assert sample(logits, samples, Span(0, VOCAB), SoloGroup()) == (expected, ())
     assert sample_split(logits, samples, (0, 11, VOCAB)) == (expected, ())
+
+
+biases = st.lists(st.tuples(st.integers(0, VOCAB - 1), st.floats(-100, 100)), max_size=6, unique_by=lambda b: b[0])
+penalties = st.builds(
+    Penalties, repetition=st.floats(0.01, 3), presence=st.floats(-2, 2), frequency=st.floats(-2, 2)
+) | st.none()  # fmt: skip
+parameters = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 20.0]),
+    top_p=st.sampled_from([0.01, 0.5, 0.95, 1.0]),
+    top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 1000]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    seed=st.integers(0, 2**64 - 1),
+    logprobs=st.none() | st.integers(0, 20),
+    penalties=penalties,
+    logit_bias=biases.map(tuple),
+)
+seen_tokens = st.dictionaries(st.integers(0, VOCAB - 1), st.integers(0, 5), max_size=VOCAB).map(
+    lambda counts: SeenTokens(
+        ids=np.array(sorted(counts), "<u4").tobytes(),
+        counts=np.array([counts[i] for i in sorted(counts)], "<u4").tobytes(),
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    params=st.lists(parameters, min_size=1, max_size=4),
+    seen=seen_tokens,
+    cuts=st.lists(st.integers(0, VOCAB), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_no_parameter_lets_the_split_show(
+    params: list[SamplingParams], seen: SeenTokens, cuts: list[int], seed: int, scale: float
+) -> None:
+    logits = scale * torch.randn(len(params), VOCAB, generator=torch.Generator().manual_seed(seed))
+    samples = [Sample(row, 10, p, seen if p.penalties else None) for row, p in enumerate(params)]
+    before = logits.clone()
+    alone = sample(logits, samples, Span(0, VOCAB), SoloGroup())
+    split = sample_split(logits, samples, [0, *sorted(cuts), VOCAB])
+    assert alone is not None
+    assert torch.equal(logits, before)
+    assert split.token_ids == alone.token_ids
+    assert len(split.logprobs) == len(alone.logprobs)
+    for mine, other, p in zip(split.logprobs, alone.logprobs, params, strict=False):
+        assert (mine is None) == (other is None) == (p.logprobs is None)
+        if mine is not None and other is not None:
+            assert mine.top_ids == other.top_ids
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert mine.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-4)
+
+
+def test_logprobs_are_of_the_logits_before_anything_changes_them() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
+    params = SamplingParams(
+        temperature=5, top_k=1, logprobs=2, logit_bias=((3, 100.0),), penalties=Penalties(repetition=3)
+    )
+    seen = SeenTokens(ids=np.array([1], "<u4").tobytes())
+    result = sample(logits, [Sample(0, 9, params, seen)], Span(0, 4), SoloGroup())
+    assert result is not None
+    [told] = result.logprobs
+    assert told is not None
+    expected = torch.log_softmax(logits[0], -1).tolist()
+    assert result.token_ids == (3,)
+    assert told.logprob == pytest.approx(expected[3], abs=1e-6)
+    assert told.top_ids == (1, 2)
+    assert told.top_logprobs == pytest.approx((expected[1], expected[2]), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_logprobs_of_logits_that_are_not_finite_can_still_be_sent(value: float) -> None:
+    logits = torch.full((1, VOCAB), value)
+    logits[0, 3] = 0.0
+    samples = wanted([SamplingParams(logprobs=20, logit_bias=((4, 5.0),))])
+    for result in (sample(logits, samples, Span(0, VOCAB), SoloGroup()), sample_split(logits, samples, (0, 4, VOCAB))):
+        assert result is not None
+        assert result.logprobs[0] is not None  # it has checked itself
+        assert len(result.logprobs[0].top_ids) == 20
+
+
+Lie = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+LIES: dict[str, Lie] = {
+    "cut short": lambda sent: sent[:-1],
+    "longer": lambda sent: np.append(sent, np.float32(1)),
+    "not a number": lambda sent: np.where(np.arange(len(sent)) == len(sent) - 1, np.float32("nan"), sent),
+    "an id of another rank": lambda sent: np.where(np.arange(len(sent)) == len(sent) - 1, np.float32(0), sent),
+    "an id outside": lambda sent: np.where(np.arange(len(sent)) == len(sent) - 1, np.float32(VOCAB), sent),
+    "a sum below its parts": lambda sent: np.where(np.arange(len(sent)) == 5, np.float32(-50), sent),
+    "a sum that is none": lambda sent: np.where(np.arange(len(sent)) == 5, np.float32("nan"), sent),
+    "too many likely tokens": lambda sent: np.where(np.arange(len(sent)) == 1, np.float32(1e30), sent),
+    "less than nothing": lambda sent: np.where(np.arange(len(sent)) == 1, np.float32(-1), sent),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_rank_that_lies_about_how_likely_tokens_are_is_named(lie: str) -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
+    samples = wanted([SamplingParams(logprobs=3)])
+
+    class Liar(LoopbackGroup):
+        def gather(self, x: Tensor, root: int = 0) -> list[Tensor] | None:
+            return super().gather(torch.from_numpy(LIES[lie](x.numpy()).astype(np.float32)), root)
+
+    def work(group: LoopbackGroup) -> str | None:
+        span = (Span(0, 20), Span(20, VOCAB))[group.rank]
+        if group.rank == 1:
+            group.__class__ = Liar
+        try:
+            sample(logits[:, span.start : span.end], samples, span, group, VOCAB)
+        except BadCandidates as exc:
+            return f"{exc.rank} {exc}"
+        return None
+
+    assert str(run_ranks(LoopbackGroup.create(2), work)[0]).startswith("1 rank 1: sent")
