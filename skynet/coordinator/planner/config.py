@@ -79,7 +79,7 @@ class PlannerConfig:
     exact_up_to: int = 4  # swarms of up to this many workers are searched exhaustively
     thorough_up_to: int = 40  # beyond, groups and clusters are tried in fewer ways
     search_effort: int = 40_000  # bounds local search in larger swarms: layers x stages tried, about 4 us each
-    total_work: int = 1_000_000  # bounds all search, about 0.6 us each; beyond, once a plan is known, nothing is begun
+    total_work: int = 2_000_000  # bounds all search, about 0.6 us each; beyond, once a plan is known, nothing is begun
 
     def __post_init__(self) -> None:
         if self.min_context_tokens < 1:
