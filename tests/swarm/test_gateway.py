@@ -11,10 +11,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from huggingface_hub import InferenceClient
 
 from skynet.client.swarm import Completion, Swarm
 from skynet.testing.local_swarm import LocalSwarm
-from tests.swarm.conftest import Oracle
+from tests.swarm.conftest import Oracle, User
 
 PROMPT = "Once upon a time"
 CHAT: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -168,3 +169,60 @@ def test_what_another_sites_page_could_send_is_refused(swarm: LocalSwarm) -> Non
     assert curl(url, "-X", "OPTIONS", "-H", f"Origin: {swarm.url}")[0] == 405
     assert curl(f"{swarm.url}/health") == (200, '{"status":"ok"}')
     assert curl(f"{swarm.url}/ready") == (200, '{"status":"ok"}')
+
+
+def test_hugging_faces_client_gets_an_answer_and_a_stream(swarm: LocalSwarm) -> None:
+    client = InferenceClient(model=swarm.url, timeout=30)
+    expected = swarm.complete(Completion(prompt=PROMPT, max_tokens=12)).text
+    assert client.text_generation(PROMPT, max_new_tokens=12) == expected
+    assert "".join(client.text_generation(PROMPT, max_new_tokens=12, stream=True)) == expected
+    whole = client.text_generation(PROMPT, max_new_tokens=12, details=True)
+    assert whole.details is not None
+    assert (whole.generated_text, whole.details.finish_reason, len(whole.details.tokens)) == (expected, "length", 12)
+
+
+def test_logprobs_are_of_the_tokens_that_the_answer_has(client: openai.OpenAI) -> None:
+    options: Any = {"model": "embedded", "messages": CHAT, "max_tokens": 12, "temperature": 0}
+    plain = client.chat.completions.create(**options, logprobs=True, top_logprobs=2).choices[0]
+    assert plain.logprobs is not None
+    assert plain.logprobs.content is not None
+    assert "".join(entry.token for entry in plain.logprobs.content) == plain.message.content
+    assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in plain.logprobs.content)
+
+
+def test_biases_and_penalties_reach_who_samples(swarm: LocalSwarm, client: openai.OpenAI) -> None:
+    plain = swarm.complete(Completion(prompt=PROMPT, max_tokens=60, ignore_eos=True))
+
+    def text(**options: Any) -> str:
+        more = {"ignore_eos": True}
+        return client.completions.create(
+            model="embedded", prompt=PROMPT, max_tokens=60, temperature=0, extra_body=more, **options
+        ).choices[0].text  # fmt: skip
+
+    assert text() == plain.text
+    assert text(logit_bias={str(plain.token_ids[0]): -100})[:6] != plain.text[:6]
+    assert text(frequency_penalty=2) != plain.text
+
+
+def test_prometheus_is_told_what_was_answered_and_what_the_swarm_is_at(
+    swarm: LocalSwarm, client: openai.OpenAI
+) -> None:
+    def figures() -> dict[str, float]:
+        lines = httpx2.get(f"{swarm.url}/metrics").text.splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    before = figures()
+    client.completions.create(model="embedded", prompt=PROMPT, max_tokens=5, temperature=0)
+    after = figures()
+    assert after["skynet_completion_tokens_total"] - before.get("skynet_completion_tokens_total", 0) == 5
+    assert after['skynet_http_requests_total{path="/v1/completions",status="200"}'] >= 1
+    assert after["skynet_requests"] == 0
+    (blocks,) = [value for name, value in after.items() if name.startswith("skynet_kv_blocks{")]
+    assert blocks > 0
+
+
+def test_listening_where_others_reach_is_refused_with_the_reason(user: User) -> None:
+    done = user.run("coordinator", "--http", "0.0.0.0:8000")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --http 0.0.0.0:8000: there are no API keys yet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import pydantic
@@ -13,9 +13,12 @@ from starlette.requests import ClientDisconnect, Request
 from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.gateway.desk import ClientGone
 from skynet.coordinator.gateway.errors import ApiError
+from skynet.protocol.messages import Submit
 
 MAX_SHOWN: Final = 200  # characters of a client's own words in our errors
+LARGE_BODY: Final = 64 << 10  # bytes: beyond that, reading takes milliseconds
 T = TypeVar("T", bound=pydantic.BaseModel)
+R = TypeVar("R")
 
 
 class Body(pydantic.BaseModel):
@@ -45,6 +48,14 @@ async def read_body(request: Request, config: GatewayConfig) -> bytes:
     except ClientDisconnect as exc:
         raise ClientGone from exc
     return b"".join(chunks)
+
+
+async def read_and(request: Request, config: GatewayConfig, read: Callable[[dict[str, Any]], R]) -> R:
+    """What a body is made by this pure function: beside the event loop where that takes long. Raises ApiError."""
+    body = await read_body(request, config)
+    if len(body) > LARGE_BODY:
+        return await asyncio.to_thread(lambda: read(parse_object(body)))
+    return read(parse_object(body))
 
 
 def _too_large(limit: int) -> ApiError:
@@ -91,6 +102,14 @@ def validated(kind: type[T], body: Mapping[str, Any]) -> T:
             raise ApiError(400, f"{param} is missing", param=param, code="missing_parameter") from exc
         said = shown(first["msg"].removeprefix("Value error, "))
         raise ApiError(400, f"{param}: {said}" if param else said, param=param or None, code="invalid_value") from exc
+
+
+def submit_of(**fields: Any) -> Submit:
+    """Raises ApiError for what doesn't go together, or is too long."""
+    try:
+        return Submit(**fields)
+    except ValueError as exc:
+        raise ApiError(400, shown(str(exc)), code="invalid_value") from exc
 
 
 def shown(text: str) -> str:

@@ -52,6 +52,17 @@ class Event(NamedTuple):
     message: Tokens | Finished
 
 
+class Answered(NamedTuple):
+    """A request that has ended, for figures."""
+
+    path: str
+    status: int
+    prompt_tokens: int
+    completion_tokens: int
+    first_s: float | None  # to the first token, if there was one
+    total_s: float
+
+
 class Ask:
     """One HTTP request's submissions. Iterate to get what comes; `close` frees what hasn't ended."""
 
@@ -121,8 +132,15 @@ class Ask:
 class Desk:
     """Who asks what. Its clients are in this process, and the engine tells them by `tell`."""
 
-    def __init__(self, engine: Asked, config: GatewayConfig, room: Room) -> None:
+    def __init__(
+        self,
+        engine: Asked,
+        config: GatewayConfig,
+        room: Room,
+        on_answered: Callable[[Answered], None] = lambda answered: None,
+    ) -> None:
         self.config = config
+        self.on_answered = on_answered
         self._engine = engine
         self._room = room
         self._asks: dict[PeerId, Ask] = {}

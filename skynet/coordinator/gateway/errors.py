@@ -14,6 +14,8 @@ KINDS: Final = {  # as OpenAI calls them, by status
     429: "rate_limit_error",
 }
 
+UNREAD: Final = frozenset({403, 408, 413, 415})  # a body that nobody reads may be on its way: its connection ends
+
 
 class ApiError(Exception):
     """An answer without what was asked for. Each dialect has its own form for it."""
@@ -39,7 +41,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What goes with the status."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        found = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return found | {"Connection": "close"} if self.status in UNREAD else found
 
 
 def from_failed(failed: Failed, param: str | None, retry_after_s: int) -> ApiError:

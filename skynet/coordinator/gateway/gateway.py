@@ -17,11 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from skynet.coordinator.engine import Engine
-from skynet.coordinator.gateway import openai
+from skynet.coordinator.gateway import openai, tgi
 from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.gateway.desk import ClientGone, Desk, Room
 from skynet.coordinator.gateway.errors import ApiError, openai_body
 from skynet.coordinator.gateway.guards import Guard
+from skynet.coordinator.gateway.metrics import Metrics
 from skynet.coordinator.gateway.reply import CLIENT_CLOSED
 from skynet.coordinator.gateway.served_names import ServedName
 from skynet.coordinator.replica import Phase
@@ -31,7 +32,10 @@ from skynet.protocol.ids import PeerId
 from skynet.protocol.messages import ToClient
 
 logger = logging.getLogger(__name__)
-DIALECTS: Final[tuple[Callable[[Desk, ServedName], APIRouter], ...]] = (openai.routes,)  # here a dialect is added
+DIALECTS: Final[tuple[Callable[[Desk, ServedName], APIRouter], ...]] = (
+    openai.routes,
+    tgi.routes,
+)  # here dialects are added
 STOP_S: Final = 2  # for answers under way to end with an error when the coordinator stops
 
 
@@ -44,12 +48,14 @@ class Gateway:
         self._engine = engine
         self.url = f"http://{format_endpoint(config.host, self._socket.getsockname()[1])}"
         room = Room(engine.config.max_requests, engine.config.max_node_requests)
-        self.desk = Desk(engine, config, room)
+        metrics = Metrics(engine)
+        self.desk = Desk(engine, config, room, metrics.answered)
         served = ServedName.of(engine.model, int(time.time()))
         app = application(self.desk, served, self._why_not_ready)
+        app.include_router(metrics.routes())
         self._server = _Server(
             uvicorn.Config(
-                _Guarded(app, Guard.of(config.host, config.names)),
+                guarded(app, config),
                 log_config=None,
                 log_level=logging.WARNING,
                 access_log=False,
@@ -98,21 +104,20 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Guarded:
+def guarded(app: ASGIApp, config: GatewayConfig) -> ASGIApp:
     """Nothing passes that the guard refuses, whatever the route."""
+    guard = Guard.of(config.host, config.names)
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
-        self._app = app
-        self._guard = guard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._guard.check(scope["method"], scope["scheme"], scope["headers"])
+            guard.check(scope["method"], scope["scheme"], scope["headers"])
         except ApiError as exc:
             logger.warning("refused code=%s method=%s", exc.code, scope["method"][:16])
             await as_response(exc)(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
+
+    return checked
 
 
 def application(desk: Desk, served: ServedName, why_not_ready: Callable[[], str | None]) -> FastAPI:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from skynet.coordinator.gateway.bodies import parse_object, read_body
+from skynet.coordinator.gateway.bodies import read_and
 from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.gateway.desk import Desk
 from skynet.coordinator.gateway.openai_answers import Kind, OpenAiAnswer
@@ -18,7 +17,6 @@ from skynet.coordinator.gateway.openai_requests import Asked, read_chat, read_co
 from skynet.coordinator.gateway.reply import Reply
 from skynet.coordinator.gateway.served_names import ServedName
 
-LARGE_BODY: Final = 64 << 10  # bytes: beyond that, reading takes milliseconds and happens beside the event loop
 Read = Callable[[Mapping[str, Any], GatewayConfig, ServedName, str, int], Asked]
 
 
@@ -28,13 +26,9 @@ def routes(desk: Desk, served: ServedName) -> APIRouter:
 
     async def answer(request: Request, kind: Kind, prefix: str, read: Read) -> Response:
         name = f"{prefix}-{secrets.token_hex(12)}"
-        body = await read_body(request, desk.config)
-
-        def asked() -> Asked:
-            return read(parse_object(body), desk.config, served, name, secrets.randbits(63))
-
-        found = await asyncio.to_thread(asked) if len(body) > LARGE_BODY else asked()
-        return Reply(desk, OpenAiAnswer(name, kind, served.model_id, int(time.time()), found))
+        seed = secrets.randbits(63)
+        asked = await read_and(request, desk.config, lambda body: read(body, desk.config, served, name, seed))
+        return Reply(desk, OpenAiAnswer(name, kind, served, int(time.time()), asked))
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:

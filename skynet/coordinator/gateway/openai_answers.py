@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -10,8 +10,10 @@ import msgspec
 
 from skynet.coordinator.gateway.desk import Event
 from skynet.coordinator.gateway.errors import ApiError, openai_body
+from skynet.coordinator.gateway.openai_logprobs import CompletionLogprobs, Told, chat_logprobs
 from skynet.coordinator.gateway.openai_requests import Asked
-from skynet.protocol.messages import Finished, Submit
+from skynet.coordinator.gateway.served_names import ServedName
+from skynet.protocol.messages import Finished, Submit, Tokens
 
 DONE: Final = b"data: [DONE]\n\n"
 REASONS: Final[Mapping[str, str]] = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
@@ -29,11 +31,13 @@ class OpenAiAnswer:
 
     name: str
     kind: Kind
-    model_id: str
+    served: ServedName
     created: int  # seconds since 1970
     asked: Asked
     _texts: dict[int, list[str]] = field(default_factory=dict)  # of each choice that has begun
     _ends: dict[int, Finished] = field(default_factory=dict)
+    _told: dict[int, list[Told]] = field(default_factory=dict)  # logprobs, if they are wanted
+    _offsets: dict[int, CompletionLogprobs] = field(default_factory=dict)
 
     @property
     def submits(self) -> tuple[Submit, ...]:
@@ -50,19 +54,35 @@ class OpenAiAnswer:
     def take(self, event: Event) -> bytes:
         """See `reply.Answer`."""
         index, message = event
-        pieces = []
-        if index not in self._texts:
-            echo = self.asked.echoes[index] if self.asked.echoes else ""
-            self._texts[index] = [echo]
-            if echo or self.kind == "chat.completion":
-                pieces.append(self._delta(index, echo, is_first=True))
+        is_first = index not in self._texts
+        echo = self.asked.echoes[index] if self.asked.echoes else ""
+        texts = self._texts.setdefault(index, [echo])
+        told: list[Told] = []
         if isinstance(message, Finished):
             self._ends[index] = message
+        else:
+            told = self._shown(index, message)
+            texts.append(message.text)
+            self._told.setdefault(index, []).extend(told)
+        return self._chunks(event, told, echo if is_first else None) if self.is_stream else b""
+
+    def _shown(self, index: int, message: Tokens) -> list[Told]:
+        """Logprobs of what is part of the answer; its end and other marks aren't."""
+        hidden, stops = self.served.hidden_ids, self.submits[index].stop_token_ids
+        pairs = zip(message.token_ids, message.logprobs, strict=False)  # none come unless they are wanted
+        return [(token_id, one) for token_id, one in pairs if token_id not in hidden and token_id not in stops]
+
+    def _chunks(self, event: Event, told: Sequence[Told], opening: str | None) -> bytes:
+        """Of a stream, what this event adds; `opening` if nothing was said of this choice before."""
+        index, message = event
+        pieces = []
+        if opening or (opening is not None and self.kind == "chat.completion"):
+            pieces.append(self._delta(index, opening, is_first=True))
+        if isinstance(message, Finished):
             pieces.append(self._delta(index, "", reason=REASONS[message.reason]))
-        elif message.text:
-            self._texts[index].append(message.text)
-            pieces.append(self._delta(index, message.text))
-        return b"".join(map(sse, pieces)) if self.is_stream else b""
+        elif message.text or told:
+            pieces.append(self._delta(index, message.text, told=told))
+        return b"".join(map(sse, pieces))
 
     def last(self) -> bytes:
         """See `reply.Answer`."""
@@ -85,8 +105,17 @@ class OpenAiAnswer:
         completion = sum(end.completion_tokens for end in self._ends.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _delta(self, index: int, text: str, *, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
+    def _logprobs(self, index: int, told: Sequence[Told]) -> dict[str, Any] | None:
+        if not self.asked.has_logprobs or not told:
+            return None
+        if self.kind == "chat.completion":
+            return chat_logprobs(told, self.served.token_text)
+        return self._offsets.setdefault(index, CompletionLogprobs()).take(told, self.served.token_text)
+
+    def _delta(
+        self, index: int, text: str, *, reason: str | None = None, is_first: bool = False, told: Sequence[Told] = ()
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(index, told), "finish_reason": reason}
         if self.kind == "text_completion":
             choice["text"] = text
         elif is_first:
@@ -97,14 +126,21 @@ class OpenAiAnswer:
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        chunk = {"id": self.name, "object": kind, "created": self.created, "model": self.model_id, "choices": choices}
+        chunk = {
+            "id": self.name,
+            "object": kind,
+            "created": self.created,
+            "model": self.served.model_id,
+            "choices": choices,
+        }
         return chunk | {"usage": None} if self.asked.includes_usage else chunk
 
     def _whole(self) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for index in sorted(self._texts):
             text, reason = "".join(self._texts[index]), REASONS[self._ends[index].reason]
-            choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
+            told = self._logprobs(index, self._told.get(index, ()))
+            choice: dict[str, Any] = {"index": index, "logprobs": told, "finish_reason": reason}
             if self.kind == "chat.completion":
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -114,7 +150,7 @@ class OpenAiAnswer:
             "id": self.name,
             "object": self.kind,
             "created": self.created,
-            "model": self.model_id,
+            "model": self.served.model_id,
             "choices": choices,
             "usage": self.usage(),
         }

@@ -8,16 +8,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from skynet.coordinator.gateway.bodies import Body, shown, supported_part, validated
+from skynet.coordinator.gateway.bodies import Body, shown, submit_of, supported_part, validated
 from skynet.coordinator.gateway.config import GatewayConfig
 from skynet.coordinator.gateway.errors import ApiError
 from skynet.coordinator.gateway.served_names import ServedName
 from skynet.protocol.ids import RequestId
 from skynet.protocol.messages import ChatMessage, Submit
-from skynet.protocol.steps import SamplingParams
+from skynet.protocol.steps import MAX_BIAS, MAX_BIASES, MAX_ID, MAX_LOGPROBS, Penalties, SamplingParams
 
 ZERO: Final = (0, 0.0)
-ONE: Final = (1, 1.0)
 HARMLESS: Final = frozenset(  # they change no answer
     {
         "user",
@@ -31,18 +30,10 @@ HARMLESS: Final = frozenset(  # they change no answer
     }
 )
 UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {  # with the values at which they ask for nothing
-    "frequency_penalty": ZERO,
-    "presence_penalty": ZERO,
-    "repetition_penalty": ONE,
-    "min_p": ZERO,
     "min_tokens": ZERO,
-    "logit_bias": ({},),
-    "stop_token_ids": ([],),
     "response_format": ({"type": "text"},),
 }
 UNSUPPORTED_CHAT: Final[dict[str, tuple[object, ...]]] = UNSUPPORTED | {
-    "logprobs": (False,),
-    "top_logprobs": ZERO,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -54,7 +45,7 @@ UNSUPPORTED_CHAT: Final[dict[str, tuple[object, ...]]] = UNSUPPORTED | {
     "verbosity": (),
     "web_search_options": (),
 }
-UNSUPPORTED_COMPLETION: Final[dict[str, tuple[object, ...]]] = UNSUPPORTED | {"logprobs": (), "suffix": ("",)}
+UNSUPPORTED_COMPLETION: Final[dict[str, tuple[object, ...]]] = UNSUPPORTED | {"suffix": ("",)}
 ROLES: Final[Mapping[str, Literal["system", "user", "assistant"]]] = {
     "system": "system",
     "developer": "system",  # the newer name
@@ -83,26 +74,68 @@ class _Sampled(Body):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stop: Any = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    ignore_eos: bool = False  # not OpenAI's either
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] = Field(default={}, max_length=MAX_BIASES)
+    # These are others' than OpenAI's:
+    ignore_eos: bool = False
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=MAX_ID)]] = Field(default=[], max_length=64)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each sampled one; None: tell nothing."""
+        raise NotImplementedError
 
     def sampling(self, index: int, default_seed: int) -> SamplingParams:
-        """For one of several answers."""
+        """For one of several answers. Raises ApiError."""
+        penalties = Penalties(
+            repetition=self.repetition_penalty, presence=self.presence_penalty, frequency=self.frequency_penalty
+        )
         seed = default_seed if self.seed is None else self.seed % 2**64
         top_k = max(0, self.top_k)
         return SamplingParams(
-            temperature=self.temperature, top_p=self.top_p, top_k=top_k, seed=seed, index=index
-        )  # fmt: skip
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=top_k,
+            seed=seed,
+            index=index,
+            min_p=self.min_p,
+            logprobs=self.num_logprobs,
+            penalties=None if penalties == Penalties() else penalties,
+            logit_bias=_biases(self.logit_bias),
+        )
 
 
 class _Chat(_Sampled):
     messages: list[Any]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(
+                400, "top_logprobs goes with logprobs: true only", param="top_logprobs", code="invalid_value"
+            )
+        return self.top_logprobs if self.logprobs else None
 
 
 class _Completion(_Sampled):
     prompt: Any
     echo: bool = False
     best_of: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                400, "logprobs isn't supported together with echo", param="logprobs", code="unsupported_parameter"
+            )
+        return self.logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +146,7 @@ class Asked:
     is_stream: bool
     includes_usage: bool
     num_per_prompt: int
+    has_logprobs: bool = False
     echoes: tuple[str, ...] = ()  # what each answer begins with
 
 
@@ -127,18 +161,19 @@ def read_chat(body: Mapping[str, Any], config: GatewayConfig, served: ServedName
     limit = chat.max_completion_tokens or chat.max_tokens or min(config.default_chat_tokens, served.max_positions)
     stop = stop_strings(chat.stop)
     submits = tuple(
-        _submit(
+        submit_of(
             request_id=RequestId(f"{name}-{index}"),
             messages=messages,
             sampling=chat.sampling(index, seed),
             max_tokens=limit,
             stop=stop,
             ignore_eos=chat.ignore_eos,
+            stop_token_ids=tuple(chat.stop_token_ids),
             timeout_s=config.wait_s,
         )
         for index in range(_check_choices(chat.n, config))
     )
-    return Asked(submits, chat.stream, _includes_usage(chat), chat.n)
+    return Asked(submits, chat.stream, _includes_usage(chat), chat.n, chat.logprobs)
 
 
 def read_completion(body: Mapping[str, Any], config: GatewayConfig, served: ServedName, name: str, seed: int) -> Asked:
@@ -153,20 +188,21 @@ def read_completion(body: Mapping[str, Any], config: GatewayConfig, served: Serv
     _check_choices(asked.n * len(prompts), config)
     limit, stop = asked.max_tokens or config.default_completion_tokens, stop_strings(asked.stop)
     submits = tuple(
-        _submit(
+        submit_of(
             request_id=RequestId(f"{name}-{number * asked.n + index}"),
             prompt=prompt,
             sampling=asked.sampling(index, seed),
             max_tokens=limit,
             stop=stop,
             ignore_eos=asked.ignore_eos,
+            stop_token_ids=tuple(asked.stop_token_ids),
             timeout_s=config.wait_s,
         )
         for number, prompt in enumerate(prompts)
         for index in range(asked.n)
     )
     echoes = tuple(prompt if asked.echo else "" for prompt in prompts for _ in range(asked.n))
-    return Asked(submits, asked.stream, _includes_usage(asked), asked.n, echoes)
+    return Asked(submits, asked.stream, _includes_usage(asked), asked.n, asked.logprobs is not None, echoes)
 
 
 def stop_strings(stop: object) -> tuple[str, ...]:
@@ -189,6 +225,14 @@ def _check_choices(count: int, config: GatewayConfig) -> int:
     if count > config.max_choices:
         raise ApiError(400, f"n: {count} answers at once, {config.max_choices} at most are possible", param="n")
     return count
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """`logit_bias`: token ids, which JSON must write as text. Raises ApiError."""
+    if any(not key.isascii() or not key.isdecimal() or len(key) > 9 or int(key) >= MAX_ID for key in given):
+        raise ApiError(400, "logit_bias: its keys must be token ids", param="logit_bias", code="invalid_value")
+    biases = {int(key): bias for key, bias in given.items()}  # 7 and 07 are one
+    return tuple(sorted(biases.items()))
 
 
 def _prompts(prompt: object, config: GatewayConfig) -> Sequence[str]:
@@ -236,11 +280,3 @@ def _content(place: str, content: object) -> str:
             )
         texts.append(text)
     return "".join(texts)
-
-
-def _submit(**fields: Any) -> Submit:
-    """Raises ApiError for what doesn't go together."""
-    try:
-        return Submit(**fields)
-    except ValueError as exc:
-        raise ApiError(400, str(exc), code="invalid_value") from exc

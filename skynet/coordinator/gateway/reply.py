@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from starlette.responses import Response
 from starlette.types import Scope
 
-from skynet.coordinator.gateway.desk import Ask, ClientGone, Desk, Event, Receive
+from skynet.coordinator.gateway.desk import Answered, Ask, ClientGone, Desk, Event, Receive
 from skynet.coordinator.gateway.errors import ApiError
 from skynet.errors import foreign_text
 from skynet.protocol.messages import Finished, Submit
@@ -65,6 +65,7 @@ class Reply(Response):
         self._is_begun = False
         self._prompt_tokens: dict[int, int] = {}
         self._completion_tokens = 0
+        self._first_at: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, why = time.monotonic(), ""
@@ -76,18 +77,26 @@ class Reply(Response):
                 await self._answer_all(ask, send)
         except ClientGone:
             self.status_code, why = CLIENT_CLOSED, "the client has gone"
+        except TimeoutError:
+            self.status_code, why = CLIENT_CLOSED, "the client doesn't read"  # returning ends its connection
         except ApiError as exc:
             why = str(exc)
             await self._fail(exc, send)
         finally:
+            prompt_tokens, total_s = sum(self._prompt_tokens.values()), time.monotonic() - began
+            first_s = None if self._first_at is None else self._first_at - began
+            self._desk.on_answered(
+                Answered(scope["path"], self.status_code, prompt_tokens, self._completion_tokens, first_s, total_s)
+            )
             logger.info(
                 "answered request=%s path=%s status=%d prompt_tokens=%d completion_tokens=%d s=%.3f why=%s",
-                self._answer.name, scope["path"], self.status_code, sum(self._prompt_tokens.values()),
-                self._completion_tokens, time.monotonic() - began, foreign_text(why, 200) or "-",
+                self._answer.name, scope["path"], self.status_code, prompt_tokens,
+                self._completion_tokens, total_s, foreign_text(why, 200) or "-",
             )  # fmt: skip
 
     async def _answer_all(self, ask: Ask, send: Send) -> None:
         async for event in ask:
+            self._first_at = self._first_at or time.monotonic()
             piece = self._answer.take(event)
             if isinstance(event.message, Finished):
                 self._prompt_tokens[event.choice] = event.message.prompt_tokens

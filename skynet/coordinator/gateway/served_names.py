@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 from skynet.coordinator.gateway.errors import ApiError
 from skynet.coordinator.served import ServedModel
+
+MAX_TEXTS: Final = 1 << 15  # tokens whose text we remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +21,8 @@ class ServedName:
     model_id: str
     aliases: frozenset[str]
     max_positions: int
+    token_text: Callable[[int], str]
+    hidden_ids: frozenset[int]  # tokens that no answer shows
     since: int  # seconds since 1970: when we began to serve it
 
     @classmethod
@@ -24,7 +31,9 @@ class ServedName:
         name = model.ref.name
         last = name.rstrip("/").rpartition("/")[2] or name
         model_id = last if Path(name).is_absolute() else name
-        return cls(model_id, frozenset({name, last}), model.spec.max_positions, since)
+        token_text = lru_cache(MAX_TEXTS)(model.text.token_text)
+        aliases = frozenset({name, last})
+        return cls(model_id, aliases, model.spec.max_positions, token_text, model.text.hidden_ids, since)
 
     def check(self, wanted: str | None) -> None:
         """Raises ApiError if this isn't the model that a request wants. None: whichever there is."""
