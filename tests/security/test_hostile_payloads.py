@@ -217,13 +217,20 @@ shaped = st.builds(
 numbers = st.builds(gathered, st.lists(st.floats(width=32) | st.sampled_from([1.0, 2.0, 2047.0]), max_size=12))
 payloads = st.binary(max_size=80) | shaped | numbers
 sampling = st.sampled_from(
-    [SamplingParams(), SamplingParams(temperature=0.8), SamplingParams(temperature=1.0, top_k=3, top_p=0.9)]
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=1.0, top_k=3, top_p=0.9),
+        SamplingParams(temperature=1.0, min_p=0.1, logprobs=2),
+    ]
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.sampled_from(["hidden", "addend", "candidates", "candidates"]), payload=payloads, sample=sampling)
 @example(where="candidates", payload=gathered([2, 5, float("inf"), 2046, 2047]), sample=SamplingParams(temperature=0.1))
+@example(where="candidates", payload=gathered([1, 1, 5, 2047, 5, 6, 5, 2047]), sample=SamplingParams(logprobs=1))
+@example(where="candidates", payload=gathered([1, 1, 5, 2047, 5, 4, 5, 2047]), sample=SamplingParams(logprobs=1))
 def test_whatever_a_neighbour_sends_the_step_ends_and_the_thread_lives(
     swarm: Swarm, where: str, payload: bytes, sample: SamplingParams
 ) -> None:
