@@ -62,7 +62,7 @@ def plan(
     found += _repaired(swarm, current, usable, sizes)
     if not found and kept is None:
         raise no_room(swarm, usable, sizes)
-    chosen, best = _choose(swarm, [*found, *([kept] if kept else [])], current)
+    chosen, best = _choose(swarm, found, kept, current)
     return write_out(swarm, chosen.replicas, chosen.value / best.value - 1, current, chosen.is_current)
 
 
@@ -151,11 +151,17 @@ def _repaired(swarm: Swarm, current: Plan | None, usable: list[int], sizes: tupl
     return [replicas for replicas in found if _in_layout(replicas, sizes)]
 
 
-def _choose(swarm: Swarm, found: list[Replicas], current: Plan | None) -> tuple[Candidate, Candidate]:
-    """(The choice, the best by value alone). Within the threshold: fewest workers, then fewest bytes moved."""
+def _choose(
+    swarm: Swarm, found: list[Replicas], kept: Replicas | None, current: Plan | None
+) -> tuple[Candidate, Candidate]:
+    """(The choice, the best by value alone). Within the threshold: fewest workers, then fewest bytes moved.
+
+    Where the plan in force doesn't hold any more (nothing is kept), the same shards with another cache are a new plan.
+    """
     config = swarm.config
     held = held_by(current, swarm)
-    candidates = [_candidate(swarm, replicas, held, current) for replicas in found]
+    in_force = None if kept is None else current
+    candidates = [_candidate(swarm, replicas, held, in_force) for replicas in (*found, *([kept] if kept else []))]
     best = min(candidates, key=lambda c: (c.priced, c.num_workers, c.order))
     near = [c for c in candidates if c.priced <= best.priced * (1 + config.improvement_threshold)]
     for candidate in near:
@@ -164,14 +170,14 @@ def _choose(swarm: Swarm, found: list[Replicas], current: Plan | None) -> tuple[
     return min(near, key=lambda c: (c.num_workers, c.moved_bytes, c.priced, c.order)), best
 
 
-def _candidate(swarm: Swarm, replicas: Replicas, held: dict[WorkerId, Held], current: Plan | None) -> Candidate:
+def _candidate(swarm: Swarm, replicas: Replicas, held: dict[WorkerId, Held], in_force: Plan | None) -> Candidate:
     is_throughput = swarm.config.objective is Objective.THROUGHPUT
     value = 1 / rate(replicas) if is_throughput else sum(chain.value for chain in replicas)
     moved, priced = 0, value
     if held:
         moved, most = moved_bytes(swarm, held, replicas)
         priced = value * (1 + most / swarm.config.fetch_bytes_per_s / swarm.config.payback_s)
-    is_current = current is not None and _is_same(swarm, replicas, current)
+    is_current = in_force is not None and _is_same(swarm, replicas, in_force)
     return Candidate(replicas, value, priced, sum(c.num_workers for c in replicas), moved, is_current)
 
 

@@ -128,6 +128,17 @@ def test_machines_that_differ_or_are_not_named_share_nothing() -> None:
         assert machine.lent() == said
 
 
+def test_a_worker_that_comes_back_with_less_memory_gets_a_smaller_cache() -> None:
+    machine = Machine(1600 * MIB)
+    machine.start("a")
+    machine.load(PlannerConfig(min_context_tokens=64))
+    before = machine.held[WorkerId("a")]
+    machine.end("a")
+    machine.start("a", asked=600 * MIB)
+    machine.load(PlannerConfig(min_context_tokens=64))
+    assert machine.held[WorkerId("a")] <= machine.lent()[WorkerId("a")] < before
+
+
 EVENTS = st.lists(
     st.tuples(st.sampled_from("abcd"), st.sampled_from(["start", "ask", "end", "drain", "load"])), max_size=12
 )
