@@ -389,7 +389,7 @@ class Engine:
             for worker_id in self.membership.expired(now):
                 self.lost(worker_id, f"no sign of life for {self.membership.lease_s} s")
             self.fleet.renew(self.membership.lease_ends(), now)
-            if self.shortage is not None and self.membership.forgive(now):
+            if self.membership.mend_cuts(now) or (self.shortage is not None and self.membership.forgive(now)):
                 self.members_changed()
             try:
                 self.answers.look_after(now)

@@ -192,6 +192,13 @@ class Membership:
         if a in self.members and b in self.members:
             self.cut_until[a, b] = now + CUT_S
 
+    def mend_cuts(self, now: float) -> bool:
+        """Those kept apart for long enough may be put beside each other again. True if any."""
+        over = [pair for pair, until in self.cut_until.items() if now >= until]
+        for pair in over:
+            del self.cut_until[pair]
+        return bool(over)
+
     def known_links(self, now: float) -> dict[tuple[WorkerId, WorkerId], LinkProfile]:
         """What was measured, or is cut."""
         cut = {pair for pair, until in self.cut_until.items() if now < until}

@@ -7,6 +7,7 @@ holds, cells of another epoch or another sequence included.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import zlib
 from collections.abc import Awaitable, Callable
@@ -19,11 +20,12 @@ import msgspec
 import pytest
 
 from skynet.client.planning import plan_for
+from skynet.coordinator import membership
 from skynet.coordinator.engine import Engine
 from skynet.coordinator.engine_config import EngineConfig
 from skynet.coordinator.membership import Membership
 from skynet.coordinator.planner import Layout, PlannerConfig, plan, plan_as_dict
-from skynet.coordinator.replica import Phase
+from skynet.coordinator.replica import Phase, ReplicaFault
 from skynet.coordinator.served import ServedModel, open_model
 from skynet.coordinator.server import CoordinatorServer
 from skynet.coordinator.status import describe, profiles
@@ -579,6 +581,25 @@ def test_workers_that_cannot_reach_each_other_are_not_put_together_again(model: 
         await until(lambda: c in stage.serving())
 
     play(model, act, layout="2x1")
+
+
+def test_workers_that_could_not_reach_each_other_are_tried_again_after_a_while(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing else happens that would make us plan anew."""
+    monkeypatch.setattr(membership, "CUT_S", 1.0)
+
+    async def act(stage: Stage) -> None:
+        names = [stage.join(name) for name in "abcd"]
+        await until(lambda: len(stage.serving()) == 4 and stage.engine.fleet.is_idle)
+        stage.apart |= {frozenset(pair) for pair in itertools.combinations(names, 2)}
+        stage.engine.replicas[0].fail(ReplicaFault("a link broke"))
+        await until(lambda: stage.engine.shortage is not None)
+        assert "can't reach each other" in str(stage.engine.shortage)
+        stage.apart.clear()
+        await until(lambda: len(stage.serving()) == 4)
+
+    play(model, act, layout="2x2", explore_s=3600.0)
 
 
 def test_join_takes_over_while_answers_run(model: ServedModel) -> None:
